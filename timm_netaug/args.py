@@ -1,0 +1,491 @@
+"""Command lines of `train.py` and `validate.py`: timm's flags with timm's defaults, a NetAug group, and strict YAML."""
+import argparse
+import difflib
+import os
+from typing import Any, Dict, List, Optional, Sequence
+
+import yaml
+from timm.utils import ParseKwargs
+
+from .config import NetAugConfig
+
+__all__ = ['UserError', 'train_parser', 'validate_parser', 'parse_args', 'check_train_args', 'check_validate_args',
+           'netaug_config']
+
+
+class UserError(ValueError):
+    """Wrong input: its message is all that a user of a script gets to see."""
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # `%(default)s` of None, False or '' tells nothing
+        return action.help if action.default in (None, False, '', {}) else super()._get_help_string(action)
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of flags; the command line overrides it')
+    return parser
+
+
+def _flag(group, *names: str, help: str, **kwargs: Any) -> None:
+    group.add_argument(*names, help=help, **kwargs)
+
+
+def _switch(group, *names: str, help: str) -> None:
+    group.add_argument(*names, action='store_true', default=False, help=help)
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> Any:
+    group = parser.add_argument_group('Dataset')
+    _flag(group, 'data', nargs='?', metavar='DIR', help='root of the data set (or --data-dir)')
+    _flag(group, '--data-dir', metavar='DIR', help='root of the data set')
+    _flag(group, '--dataset', default='', metavar='NAME', help="timm's TYPE/NAME of a data set; empty: image folders")
+    _switch(group, '--dataset-download', help='download the data set where its type allows')
+    _flag(group, '--class-map', type=str, default='', metavar='FILE', help='text file of class names in label order')
+    _flag(group, '--input-img-mode', type=str, metavar='MODE', help='PIL mode that images are converted to')
+    _flag(group, '--input-key', type=str, metavar='KEY', help='key of the image in a sample')
+    _flag(group, '--target-key', type=str, metavar='KEY', help='key of the label in a sample')
+    _switch(group, '--dataset-trust-remote-code', help="let a Hugging Face data set run its repository's code")
+    return group
+
+
+def _add_input(group) -> None:
+    _flag(group, '--num-classes', type=int, metavar='N', help='classes of the model; its own number where not given')
+    _flag(group, '--gp', type=str, metavar='POOL', help='global pooling: fast, avg, max, avgmax, catavgmax')
+    _flag(group, '--img-size', type=int, metavar='N', help='height and width of the input')
+    _flag(group, '--in-chans', type=int, metavar='N', help='channels of the input')
+    _flag(group, '--input-size', nargs=3, type=int, metavar='N', help='channels, height and width of the input')
+    _flag(group, '--crop-pct', type=float, metavar='R', help='input size / resized size in evaluation')
+    _flag(group, '--mean', nargs='+', type=float, metavar='MEAN', help='mean of the pixels, from 0 to 1')
+    _flag(group, '--std', nargs='+', type=float, metavar='STD', help='standard deviation of the pixels')
+    _flag(group, '--interpolation', type=str, default='', metavar='NAME', help='how images are resized')
+
+
+def _add_compute(group) -> None:
+    _switch(group, '--channels-last', help='channels-last memory format')
+    _flag(group, '--fuser', type=str, default='', help="TorchScript fuser: '', 'te', 'old', 'nvfuser'")
+    _switch(group, '--fast-norm', help='norm layers in the low precision of the mixed-precision mode')
+    _flag(group, '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+          help="arguments of the model's constructor")
+    _flag(group, '--torchcompile-mode', type=str, metavar='MODE', help='mode of torch.compile')
+    _switch(group, '--torchscript', help='script the model')
+    _flag(group, '--torchcompile', nargs='?', type=str, const='inductor', metavar='BACKEND', help='compile the model')
+    _flag(group, '--device', type=str, default='cuda', help='device; the CPU where this is left out and no GPU found')
+    _switch(group, '--amp', help='mixed precision')
+    _flag(group, '--amp-dtype', type=str, default='float16', metavar='DTYPE', help='float16 or bfloat16')
+    _flag(group, '--model-dtype', type=str, metavar='DTYPE', help='type of the weights, without mixed precision')
+    _switch(group, '--pin-mem', help='pinned memory in the loader')
+    _switch(group, '--no-prefetcher', help='normalise in the loader, not on the device')
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """Build the command line of `train.py`."""
+    parser = _parser("Train a timm model, with --netaug inside a wider super-network. Flags and defaults are timm's.")
+
+    group = parser.add_argument_group('NetAug')
+    _switch(group, '--netaug', help='train with Network Augmentation; the checkpoints hold the tiny model')
+    _flag(group, '--netaug-width-mults', nargs='+', type=float, metavar='M',
+          help="width multipliers; the model's defaults where not given")
+    _flag(group, '--netaug-expand-mults', nargs='+', type=float, metavar='M', help='expansion multipliers, likewise')
+    _flag(group, '--netaug-divisor', type=int, metavar='N', help='round augmented widths to multiples of N (default: 1)')
+    _flag(group, '--netaug-alpha', type=float, metavar='W', help="weight of the augmented network's loss (default: 1)")
+    _flag(group, '--netaug-stop-width-at', type=float, metavar='R',
+          help='share of the epochs with augmented widths and sorting; 0 for short runs (default: 0.5)')
+    _switch(group, '--netaug-no-sort', help='never sort channels')
+
+    group = _add_dataset(parser)
+    _flag(group, '--train-split', default='train', metavar='NAME', help='split to train on')
+    _flag(group, '--val-split', default='validation', metavar='NAME', help='split to validate on')
+    _flag(group, '--train-num-samples', type=int, metavar='N', help='samples of the train split, for iterable sets')
+    _flag(group, '--val-num-samples', type=int, metavar='N', help='samples of the validation split, likewise')
+
+    group = parser.add_argument_group('Model')
+    _flag(group, '--model', type=str, default='resnet50', metavar='NAME', help='timm model')
+    _switch(group, '--pretrained', help='start from the pretrained weights')
+    _flag(group, '--pretrained-path', type=str, metavar='FILE',
+          help='start from these weights (a reference .pth too); the head is replaced where its classes differ')
+    _flag(group, '--initial-checkpoint', type=str, default='', metavar='FILE', help='start from a checkpoint, head and all')
+    _flag(group, '--resume', type=str, default='', metavar='FILE', help='go on with the training of a checkpoint')
+    _switch(group, '--no-resume-opt', help="resume without the optimizer's state")
+    _flag(group, '-b', '--batch-size', type=int, default=128, metavar='N', help='images of a process in a step')
+    _flag(group, '-vb', '--validation-batch-size', type=int, metavar='N', help='the same in validation')
+    _flag(group, '--grad-accum-steps', type=int, default=1, metavar='N', help='batches for every optimizer step')
+    _switch(group, '--grad-checkpointing', help='recompute activations in the backward pass')
+    _flag(group, '--head-init-scale', type=float, metavar='S', help="factor on the classifier's initial weights")
+    _flag(group, '--head-init-bias', type=float, metavar='B', help="the classifier's initial bias")
+    _add_input(group)
+
+    group = parser.add_argument_group('Device, precision and distribution')
+    _add_compute(group)
+    _switch(group, '--no-ddp-bb', help='no broadcast of buffers in DistributedDataParallel')
+    _switch(group, '--synchronize-step', help='wait for the device after every step')
+    _flag(group, '--local_rank', type=int, default=0, metavar='N', help='set by old launchers; torchrun needs no flag')
+    _flag(group, '--device-modules', nargs='+', type=str, metavar='NAME', help='Python modules of device back ends')
+
+    group = parser.add_argument_group('Optimizer')
+    _flag(group, '--opt', type=str, default='sgd', metavar='NAME', help='optimizer (sgd is Nesterov)')
+    _flag(group, '--opt-eps', type=float, metavar='EPS', help="optimizer's epsilon")
+    _flag(group, '--opt-betas', nargs='+', type=float, metavar='BETA', help="optimizer's betas")
+    _flag(group, '--momentum', type=float, default=0.9, metavar='M', help='momentum')
+    _flag(group, '--weight-decay', type=float, default=2e-5, metavar='WD', help='weight decay, none on biases and norms')
+    _flag(group, '--clip-grad', type=float, metavar='NORM', help='clip gradients')
+    _flag(group, '--clip-mode', type=str, default='norm', metavar='MODE', help='norm, value or agc')
+    _flag(group, '--layer-decay', type=float, metavar='R', help='learning-rate factor from layer to layer')
+    _flag(group, '--layer-decay-min-scale', type=float, default=0, metavar='S', help='its lower bound')
+    _flag(group, '--layer-decay-no-opt-scale', type=float, metavar='S', help='freeze layers below this factor')
+    _flag(group, '--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+          help='further arguments of the optimizer')
+
+    group = parser.add_argument_group('Learning rate')
+    _flag(group, '--sched', type=str, default='cosine', metavar='NAME', help='schedule')
+    _switch(group, '--sched-on-updates', help='step the schedule at every update, not every epoch')
+    _flag(group, '--lr', type=float, metavar='LR', help='learning rate; overrides --lr-base')
+    _flag(group, '--lr-base', type=float, default=0.1, metavar='LR', help='learning rate at --lr-base-size')
+    _flag(group, '--lr-base-size', type=int, default=256, metavar='N', help='images per update that --lr-base is for')
+    _flag(group, '--lr-base-scale', type=str, default='', metavar='NAME',
+          help='linear or sqrt in the images per update; empty: by optimizer')
+    _flag(group, '--lr-noise', nargs='+', type=float, metavar='R', help='where in the schedule noise is on')
+    _flag(group, '--lr-noise-pct', type=float, default=0.67, metavar='R', help="noise's limit")
+    _flag(group, '--lr-noise-std', type=float, default=1.0, metavar='STD', help="noise's standard deviation")
+    _flag(group, '--lr-cycle-mul', type=float, default=1.0, metavar='M', help='cycle length multiplier')
+    _flag(group, '--lr-cycle-decay', type=float, default=0.5, metavar='R', help='decay from cycle to cycle')
+    _flag(group, '--lr-cycle-limit', type=int, default=1, metavar='N', help='number of cycles')
+    _flag(group, '--lr-k-decay', type=float, default=1.0, metavar='K', help="k of cosine's and poly's k-decay")
+    _flag(group, '--warmup-lr', type=float, default=1e-5, metavar='LR', help='learning rate that warm-up starts from')
+    _flag(group, '--min-lr', type=float, default=0, metavar='LR', help='lower bound of the learning rate')
+    _flag(group, '--epochs', type=int, default=300, metavar='N', help='epochs of the schedule')
+    _flag(group, '--epoch-repeats', type=float, default=0.0, metavar='N', help='repeats of the data within an epoch')
+    _flag(group, '--start-epoch', type=int, metavar='N', help='epoch to start at')
+    _flag(group, '--decay-milestones', nargs='+', type=int, default=[90, 180, 270], metavar='N',
+          help='epochs at which multistep decays')
+    _flag(group, '--decay-epochs', type=float, default=90, metavar='N', help='epochs between decays')
+    _flag(group, '--warmup-epochs', type=int, default=5, metavar='N', help='epochs of warm-up')
+    _switch(group, '--warmup-prefix', help='warm-up before the schedule, not within')
+    _flag(group, '--cooldown-epochs', type=int, default=0, metavar='N', help='epochs at --min-lr at the end')
+    _flag(group, '--patience-epochs', type=int, default=10, metavar='N', help="plateau's patience")
+    _flag(group, '--decay-rate', '--dr', type=float, default=0.1, metavar='R', help='factor of a decay')
+
+    group = parser.add_argument_group('Augmentation and regularisation')
+    _switch(group, '--no-aug', help='evaluation transforms in training')
+    _flag(group, '--train-crop-mode', type=str, metavar='MODE', help='rrc, rkrc or rkrr')
+    _flag(group, '--scale', nargs='+', type=float, default=[0.08, 1.0], metavar='R', help='area of the random crop')
+    _flag(group, '--ratio', nargs='+', type=float, default=[3 / 4, 4 / 3], metavar='R', help='its aspect ratio')
+    _flag(group, '--hflip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip')
+    _flag(group, '--vflip', type=float, default=0.0, metavar='P', help='probability of a vertical flip')
+    _flag(group, '--color-jitter', type=float, default=0.4, metavar='F', help='colour jitter')
+    _flag(group, '--color-jitter-prob', type=float, metavar='P', help='its probability')
+    _flag(group, '--grayscale-prob', type=float, metavar='P', help='probability of greyscale')
+    _flag(group, '--gaussian-blur-prob', type=float, metavar='P', help='probability of a blur')
+    _flag(group, '--aa', type=str, metavar='NAME', help='AutoAugment policy, such as rand-m9-mstd0.5')
+    _flag(group, '--aug-repeats', type=float, default=0, metavar='N', help='repeated augmentation (distributed)')
+    _flag(group, '--aug-splits', type=int, default=0, metavar='N', help='augmentation splits')
+    _switch(group, '--jsd-loss', help='Jensen-Shannon divergence over the splits')
+    _switch(group, '--bce-loss', help='binary cross-entropy')
+    _switch(group, '--bce-sum', help='sum it over the classes')
+    _flag(group, '--bce-target-thresh', type=float, metavar='T', help='binarise its soft targets')
+    _flag(group, '--bce-pos-weight', type=float, metavar='W', help="its positives' weight")
+    _flag(group, '--reprob', type=float, default=0.0, metavar='P', help='probability of random erasing')
+    _flag(group, '--remode', type=str, default='pixel', metavar='MODE', help='its fill: pixel, const or rand')
+    _flag(group, '--recount', type=int, default=1, metavar='N', help='regions that it erases')
+    _switch(group, '--resplit', help='no erasing in the first augmentation split')
+    _flag(group, '--mixup', type=float, default=0.0, metavar='A', help='mixup alpha')
+    _flag(group, '--cutmix', type=float, default=0.0, metavar='A', help='cutmix alpha')
+    _flag(group, '--cutmix-minmax', nargs='+', type=float, metavar='R', help='cutmix by the share of the area instead')
+    _flag(group, '--mixup-prob', type=float, default=1.0, metavar='P', help='probability of either')
+    _flag(group, '--mixup-switch-prob', type=float, default=0.5, metavar='P', help='probability of cutmix of the two')
+    _flag(group, '--mixup-mode', type=str, default='batch', metavar='MODE', help='batch, pair or elem')
+    _flag(group, '--mixup-off-epoch', type=int, default=0, metavar='N', help='epoch that they end at')
+    _flag(group, '--smoothing', type=float, default=0.1, metavar='R', help='label smoothing')
+    _flag(group, '--train-interpolation', type=str, default='random', metavar='NAME', help='how images are resized')
+    _flag(group, '--drop', type=float, default=0.0, metavar='P', help='dropout')
+    _flag(group, '--drop-connect', type=float, metavar='P', help='old name of --drop-path')
+    _flag(group, '--drop-path', type=float, metavar='P', help='stochastic depth')
+    _flag(group, '--drop-block', type=float, metavar='P', help='DropBlock, for models that have it')
+
+    group = parser.add_argument_group('BatchNorm')
+    _flag(group, '--bn-momentum', type=float, metavar='M', help="BatchNorm's momentum")
+    _flag(group, '--bn-eps', type=float, metavar='EPS', help="BatchNorm's epsilon")
+    _switch(group, '--sync-bn', help='statistics over all processes')
+    _flag(group, '--dist-bn', type=str, default='reduce', metavar='MODE',
+          help='running statistics after an epoch: broadcast, reduce, or empty')
+    _switch(group, '--split-bn', help='a BatchNorm for each augmentation split')
+
+    group = parser.add_argument_group('Model EMA')
+    _switch(group, '--model-ema', help='keep and validate an exponential moving average of the weights')
+    _switch(group, '--model-ema-force-cpu', help='keep it on the CPU, unvalidated')
+    _flag(group, '--model-ema-decay', type=float, default=0.9998, metavar='D', help='its decay')
+    _switch(group, '--model-ema-warmup', help='warm up its decay')
+
+    group = parser.add_argument_group('Miscellaneous')
+    _flag(group, '--seed', type=int, default=42, metavar='N', help='seed')
+    _flag(group, '--worker-seeding', type=str, default='all', metavar='MODE', help='all or part')
+    _flag(group, '--log-interval', type=int, default=50, metavar='N', help='batches between log lines')
+    _flag(group, '--val-interval', type=int, default=1, metavar='N', help='epochs between validations')
+    _flag(group, '--recovery-interval', type=int, default=0, metavar='N', help='batches between recovery checkpoints')
+    _flag(group, '--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
+    _flag(group, '-j', '--workers', type=int, default=4, metavar='N', help='loader processes')
+    _switch(group, '--save-images', help='save a batch of images at every log line')
+    _flag(group, '--output', type=str, default='', metavar='DIR', help='where runs are written (default: output/train)')
+    _flag(group, '--experiment', type=str, default='', metavar='NAME', help="this run's folder in it")
+    _flag(group, '--eval-metric', type=str, default='top1', metavar='NAME', help='metric that ranks checkpoints')
+    _flag(group, '--tta', type=int, default=0, metavar='N', help='test-time augmentation')
+    _switch(group, '--use-multi-epochs-loader', help='keep one iterator over all epochs')
+    _switch(group, '--log-wandb', help='log to Weights & Biases')
+    _flag(group, '--wandb-project', type=str, metavar='NAME', help='its project')
+    _flag(group, '--wandb-tags', nargs='+', type=str, default=[], metavar='TAG', help='its tags')
+    _flag(group, '--wandb-resume-id', type=str, default='', metavar='ID', help='its run to go on with')
+
+    sizes = ['none', 'sqrt', 'linear']
+    group = parser.add_argument_group('Scheduled resolutions')
+    _flag(group, '--train-img-sizes', nargs='+', type=int, metavar='N', help='input sizes')
+    _flag(group, '--train-batch-sizes', nargs='+', type=int, metavar='N', help='batch size of each')
+    _flag(group, '--train-size-probs', nargs='+', type=float, metavar='P', help='probability of each')
+    _flag(group, '--train-size-schedule', type=str, default='constant', choices=['constant', 'progressive'],
+          help='how the choice moves')
+    _flag(group, '--train-size-schedule-spread', type=float, default=0.65, metavar='STD', help='spread of progressive')
+    _flag(group, '--train-size-random-mix', type=float, default=0.1, metavar='R', help='share of uniform choices')
+    _flag(group, '--train-batches-per-epoch', '--train-steps-per-epoch', type=int, metavar='N', help='batches of an epoch')
+    _flag(group, '--variable-batch-loss-scale', type=str, default='none', choices=sizes, help='loss by batch size')
+
+    group = parser.add_argument_group('NaFlex (sequences of patches)')
+    _switch(group, '--naflex-loader', help='NaFlex loader')
+    _flag(group, '--naflex-train-seq-lens', nargs='+', type=int, default=[128, 256, 576, 784, 1024], metavar='N',
+          help='sequence lengths')
+    _flag(group, '--naflex-max-seq-len', type=int, default=576, metavar='N', help='length in validation')
+    _flag(group, '--naflex-patch-sizes', nargs='+', type=int, metavar='N', help='patch sizes')
+    _flag(group, '--naflex-patch-size-probs', nargs='+', type=float, metavar='P', help='probability of each')
+    _flag(group, '--naflex-loss-scale', type=str, default='linear', choices=sizes, help='loss by batch size')
+    _switch(group, '--naflex-patchify-channels-first', help='channels first within a patch')
+
+    group = parser.add_argument_group('Knowledge distillation')
+    _flag(group, '--kd-model-name', type=str, metavar='NAME', help='teacher')
+    _flag(group, '--kd-distill-type', type=str, default='logit', choices=['logit', 'feature', 'token'], help='from what')
+    _flag(group, '--kd-loss-type', type=str, default='kl', metavar='NAME', help='loss')
+    _flag(group, '--distill-loss-weight', type=float, metavar='W', help='its weight')
+    _flag(group, '--task-loss-weight', type=float, metavar='W', help="the labels' weight")
+    _flag(group, '--kd-temperature', type=float, default=4.0, metavar='T', help='temperature')
+    _flag(group, '--kd-student-feature-dim', type=int, metavar='N', help="student's features")
+    _flag(group, '--kd-teacher-feature-dim', type=int, metavar='N', help="teacher's features")
+    _flag(group, '--kd-token-distill-type', type=str, default='soft', choices=['soft', 'hard'], help='token targets')
+    return parser
+
+
+def validate_parser() -> argparse.ArgumentParser:
+    """Build the command line of `validate.py`."""
+    parser = _parser("Evaluate a timm model, one of our checkpoints or a reference checkpoint. Flags are timm's.")
+
+    group = _add_dataset(parser)
+    _flag(group, '--split', default='validation', metavar='NAME', help='split to evaluate on')
+    _flag(group, '--num-samples', type=int, metavar='N', help='samples of the split, for iterable sets')
+
+    group = parser.add_argument_group('Model')
+    _flag(group, '--model', '-m', default='dpn92', metavar='NAME', help="timm model; a checkpoint of ours names its own")
+    _switch(group, '--pretrained', help='use the pretrained weights')
+    _flag(group, '--checkpoint', type=str, default='', metavar='FILE', help='checkpoint to evaluate')
+    _switch(group, '--use-ema', help="use the checkpoint's EMA")
+    _switch(group, '--reparam', help='reparameterise the model')
+    _switch(group, '--test-pool', help='test-time pooling')
+    _add_input(group)
+    _switch(group, '--use-train-size', help="the training's input size, not the test's")
+    _flag(group, '--crop-mode', type=str, metavar='MODE', help='squash, border or center')
+    _flag(group, '--crop-border-pixels', type=int, metavar='N', help='crop N pixels on each side')
+    _switch(group, '--tf-preprocessing', help="TensorFlow's preprocessing")
+
+    group = parser.add_argument_group('Device and precision')
+    _flag(group, '-j', '--workers', type=int, default=4, metavar='N', help='loader processes')
+    _flag(group, '-b', '--batch-size', type=int, default=256, metavar='N', help='images in a batch')
+    _flag(group, '--num-gpu', type=int, default=1, metavar='N', help='number of GPUs')
+    _switch(group, '--aot-autograd', help='AOT autograd')
+    _add_compute(group)
+
+    group = parser.add_argument_group('Results')
+    _flag(group, '--log-freq', type=int, default=10, metavar='N', help='batches between log lines')
+    _flag(group, '--results-file', type=str, default='', metavar='FILE', help='write the results here')
+    _flag(group, '--results-format', type=str, default='csv', metavar='FORMAT', help='csv or json')
+    _flag(group, '--real-labels', type=str, default='', metavar='FILE', help='ImageNet ReaL labels')
+    _flag(group, '--valid-labels', type=str, default='', metavar='FILE', help='indices of the valid classes')
+    _switch(group, '--retry', help='retry with smaller batches where memory is short')
+    _flag(group, '--seed', type=int, default=42, metavar='N', help='seed')
+    _flag(group, '--metrics-avg', type=str, choices=['micro', 'macro', 'weighted'], help='precision, recall and F1 too')
+    _switch(group, '--naflex-loader', help='NaFlex loader')
+    _flag(group, '--naflex-max-seq-len', type=int, default=576, metavar='N', help='its length')
+    return parser
+
+
+def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
+    """Turn a YAML file into the command line that says the same, so that one parser judges both."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            config = yaml.safe_load(f) or {}
+    except (OSError, yaml.YAMLError) as e:
+        raise UserError(f'Can not read the config {path}: {e}') from e
+    if not isinstance(config, dict):
+        raise UserError(f'The config {path} must map flags to values, it is a {type(config).__name__}.')
+    actions = {a.dest: a for a in parser._actions if a.dest not in ('help', 'config')}
+    argv, positional = [], []
+    for key, value in config.items():
+        action = actions.get(str(key).replace('-', '_'))
+        if action is None:
+            near = difflib.get_close_matches(str(key).replace('-', '_'), actions, 1, 0)
+            raise UserError(f"Unknown key '{key}' (value {value!r}) in {path}; the nearest flag is"
+                            f' --{near[0].replace("_", "-")}.')
+        flag = (action.option_strings or [''])[-1]
+        if value is None:
+            continue
+        if isinstance(action, argparse._StoreTrueAction):
+            if not isinstance(value, bool):
+                raise UserError(f"Key '{key}' in {path} has the value {value!r}; {flag} takes true or false.")
+            argv += [flag] if value else []
+            continue
+        if isinstance(value, dict) != isinstance(action, ParseKwargs) or isinstance(value, bool):
+            raise UserError(f"Key '{key}' in {path} has the value {value!r}, which {flag or key} does not take.")
+        if isinstance(value, list) and action.nargs in (None, '?'):
+            raise UserError(f"Key '{key}' in {path} has the value {value!r}; {flag or key} takes one value.")
+        values = [f'{k}={v!r}' for k, v in value.items()] if isinstance(value, dict) else \
+            [str(v) for v in (value if isinstance(value, list) else [value])]
+        if not flag:
+            positional += values
+        elif action.nargs in (None, '?') and values[0] != '':
+            argv.append(f'{flag}={values[0]}')  # a value may begin with a dash
+        else:
+            argv += [flag, *values]
+        _check_value(parser, action, key, values, path)
+    return positional + argv
+
+
+def _check_value(parser: argparse.ArgumentParser, action: argparse.Action, key: str, values: List[str], path: str) -> None:
+    if isinstance(action, ParseKwargs):
+        return
+    try:
+        for value in values:
+            parser._check_value(action, parser._get_value(action, value))
+        if isinstance(action.nargs, int) and len(values) != action.nargs:
+            raise argparse.ArgumentError(action, f'expected {action.nargs} values')
+    except argparse.ArgumentError as e:
+        raise UserError(f"Key '{key}' in {path} has the value {' '.join(values)!r}: {e}.") from e
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line and the YAML file that it names; the command line has the last word.
+
+    Raises:
+        UserError: The YAML file says what the flags do not accept; key, value and nearest flag are named.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument('-c', '--config')
+    known, rest = finder.parse_known_args(argv)
+    args = parser.parse_args([*(_config_to_argv(parser, known.config) if known.config else []), *rest])
+    args.config = known.config
+    args.data_dir = args.data_dir or args.data
+    return args
+
+
+def netaug_config(args: argparse.Namespace) -> Optional[NetAugConfig]:
+    """Return the config that the flags ask for, None without `--netaug`.
+
+    Raises:
+        UserError: A value is out of its range, or a NetAug flag stands without `--netaug`.
+    """
+    fields = {k: getattr(args, f'netaug_{k}') for k in ('width_mults', 'expand_mults', 'divisor', 'alpha', 'stop_width_at')}
+    fields = {k: v for k, v in fields.items() if v is not None}
+    if args.netaug_no_sort:
+        fields['sort'] = False
+    if not args.netaug:
+        if fields:
+            raise UserError('NetAug flags do nothing without --netaug: add it, or leave them out.')
+        return None
+    try:
+        return NetAugConfig.from_dict(fields)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+
+
+# Not carried out yet -> refused when used, never ignored.
+_REFUSED = ('naflex_loader', 'kd_model_name', 'distill_loss_weight', 'task_loss_weight', 'kd_student_feature_dim',
+            'kd_teacher_feature_dim', 'train_img_sizes', 'train_batch_sizes', 'train_size_probs', 'fuser', 'torchscript',
+            'train_batches_per_epoch', 'naflex_patch_sizes', 'naflex_patch_size_probs', 'naflex_patchify_channels_first')
+_REFUSED_IF_CHANGED = ('kd_distill_type', 'kd_loss_type', 'kd_temperature', 'kd_token_distill_type',
+                       'train_size_schedule', 'train_size_schedule_spread', 'train_size_random_mix', 'sync_bn',
+                       'variable_batch_loss_scale', 'naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_loss_scale')
+_REFUSED_WITH_NETAUG = ('torchcompile', 'torchcompile_mode', 'split_bn', 'grad_checkpointing', 'drop_block')
+_CHOICES = {  # timm's parser takes any string here, and falls over it later
+    'amp_dtype': ('float16', 'bfloat16'),
+    'model_dtype': (None, 'float32', 'float16', 'bfloat16'),
+    'clip_mode': ('norm', 'value', 'agc'),
+    'lr_base_scale': ('', 'linear', 'sqrt'),
+    'dist_bn': ('', 'broadcast', 'reduce'),
+    'worker_seeding': ('all', 'part'),
+    'eval_metric': ('top1', 'top5', 'loss'),
+}
+
+
+def _given(parser: argparse.ArgumentParser, args: argparse.Namespace, dests: Sequence[str]) -> Dict[str, str]:
+    flags = {a.dest: a.option_strings[0] for a in parser._actions if a.option_strings}
+    return {d: flags[d] for d in dests if getattr(args, d) != parser.get_default(d)}
+
+
+def check_train_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse, before anything is touched, what `train.py` would otherwise ignore or fall over.
+
+    Raises:
+        UserError: One sentence with the flag's name.
+    """
+    for flag in _given(parser, args, _REFUSED + _REFUSED_IF_CHANGED).values():
+        raise UserError(f'{flag} is not carried out yet: leave it out.')
+    if args.netaug:
+        for flag in _given(parser, args, _REFUSED_WITH_NETAUG).values():
+            raise UserError(f'{flag} is not carried out together with --netaug yet: leave one of the two out.')
+    for dest, choices in _CHOICES.items():
+        if getattr(args, dest) not in choices:
+            raise UserError(f'--{dest.replace("_", "-")} takes one of {", ".join(repr(c) for c in choices if c)},'
+                            f' got {getattr(args, dest)!r}.')
+    for dest in ('batch_size', 'epochs', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist'):
+        if getattr(args, dest) < 1:
+            raise UserError(f'--{dest.replace("_", "-")} must be at least 1, got {getattr(args, dest)}.')
+    for name, needs in (('model_ema_force_cpu', 'model_ema'), ('model_ema_warmup', 'model_ema'),
+                        ('bce_sum', 'bce_loss'), ('bce_target_thresh', 'bce_loss'), ('bce_pos_weight', 'bce_loss'),
+                        ('torchcompile_mode', 'torchcompile'), ('no_resume_opt', 'resume'),
+                        ('wandb_project', 'log_wandb'), ('wandb_resume_id', 'log_wandb')):
+        if getattr(args, name) not in (None, False, '') and not getattr(args, needs):
+            raise UserError(f'--{name.replace("_", "-")} does nothing without --{needs.replace("_", "-")}.')
+    if args.amp and args.model_dtype not in (None, 'float32'):
+        raise UserError('--amp needs float32 weights: leave --model-dtype out.')
+    if args.jsd_loss and args.aug_splits < 2:
+        raise UserError('--jsd-loss needs --aug-splits of at least 2.')
+    if args.aug_splits == 1:
+        raise UserError('--aug-splits must be at least 2.')
+    if args.aug_splits and not args.no_prefetcher and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        raise UserError('--aug-splits with --mixup or --cutmix needs --no-prefetcher.')
+    if args.split_bn and args.aug_splits < 2 and not args.resplit:
+        raise UserError('--split-bn needs --aug-splits or --resplit.')
+    if args.local_rank and 'LOCAL_RANK' not in os.environ:
+        raise UserError('--local_rank is set by old launchers: start the processes with torchrun.')
+    if not args.data_dir and not args.dataset:
+        raise UserError('No data set given: name its folder with --data-dir.')
+    if sum(map(bool, (args.pretrained_path, args.initial_checkpoint, args.resume))) > 1:
+        raise UserError('Give only one of --pretrained-path, --initial-checkpoint and --resume.')
+
+
+_VALIDATE_REFUSED = ('naflex_loader', 'naflex_max_seq_len', 'num_gpu', 'test_pool', 'fuser', 'reparam', 'torchscript',
+                     'torchcompile', 'torchcompile_mode', 'aot_autograd', 'results_file', 'results_format',
+                     'real_labels', 'valid_labels', 'retry', 'metrics_avg')
+
+
+def check_validate_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what `validate.py` would otherwise ignore or fall over.
+
+    Raises:
+        UserError: One sentence with the flag's name.
+    """
+    for flag in _given(parser, args, _VALIDATE_REFUSED).values():
+        raise UserError(f'{flag} is not carried out yet: leave it out.')
+    for dest in ('amp_dtype', 'model_dtype'):
+        if getattr(args, dest) not in _CHOICES[dest]:
+            raise UserError(f'--{dest.replace("_", "-")} takes float16 or bfloat16, got {getattr(args, dest)!r}.')
+    if args.amp and args.model_dtype not in (None, 'float32'):
+        raise UserError('--amp needs float32 weights: leave --model-dtype out.')
+    if not args.data_dir and not args.dataset:
+        raise UserError('No data set given: name its folder with --data-dir.')
+    if args.use_ema and not args.checkpoint:
+        raise UserError('--use-ema does nothing without --checkpoint.')

@@ -1,0 +1,128 @@
+"""Elastic layers: stock layers over larger tensors, of which a forward pass uses the leading slice.
+
+A layer reads as many channels as its input has; only a dense convolution has to be told how many to write
+(`active_out`). So the widths of a whole network are set at its convolutions, and every other layer follows.
+"""
+from typing import Dict, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, Linear
+
+__all__ = ['ELASTIC', 'STOCK', 'ElasticConv2d', 'ElasticDepthwiseConv2d', 'ElasticBatchNormAct2d', 'ElasticLinear']
+
+
+class ElasticConv2d(nn.Conv2d):
+    """Dense convolution, from as many input channels as there are to the first `active_out` output channels."""
+    active_out: int
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight[:self.active_out, :x.shape[1]]
+        bias = None if self.bias is None else self.bias[:self.active_out]
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
+
+    def fit(self) -> None:
+        """Let the attributes of the layer follow the shapes of its tensors."""
+        self.out_channels, self.in_channels = self.weight.shape[:2]
+
+
+class ElasticDepthwiseConv2d(nn.Conv2d):
+    """Depthwise convolution of as many channels as there are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        channels = x.shape[1]
+        bias = None if self.bias is None else self.bias[:channels]
+        return F.conv2d(x, self.weight[:channels], bias, self.stride, self.padding, self.dilation, groups=channels)
+
+    def fit(self) -> None:
+        self.out_channels = self.in_channels = self.groups = self.weight.shape[0]
+
+
+class ElasticBatchNormAct2d(BatchNormAct2d):
+    """BatchNorm and activation of as many channels as there are.
+
+    In training, the running statistics of the tiny slice are written by the tiny pass alone, as the augmented
+    sub-networks see other inputs; an augmented pass writes those of the channels behind it, so that they are at hand
+    when a sort brings these channels into the slice. After a sort the tiny network is another function, so its
+    statistics start anew: a mean of the batches since the sort, the later ones weighing more as the weights still move,
+    until it is as long as the moving average.
+
+    Attributes:
+        tiny_width: Channels of the tiny slice.
+        augmented: Whether the network is within an augmented pass.
+        since_sort: Tiny training batches since the last sort, None once that no longer matters.
+    """
+    tiny_width: int
+    augmented = False
+    since_sort = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        channels = x.shape[1]
+        mean = var = None  # an augmented pass over the tiny channels alone writes no statistics
+        momentum = 0.0
+        if self.running_mean is not None and not (self.training and self.augmented and channels <= self.tiny_width):
+            mean, var = self.running_mean[:channels], self.running_var[:channels]
+            if self.training and self.augmented:
+                mean, var = mean.clone(), var.clone()
+                momentum = 0.1 if self.momentum is None else self.momentum
+            elif self.training:
+                momentum = self._count_batch()
+        x = F.batch_norm(
+            x,
+            mean,
+            var,
+            None if self.weight is None else self.weight[:channels],
+            None if self.bias is None else self.bias[:channels],
+            self.training or self.running_mean is None,
+            momentum,
+            self.eps,
+        )
+        if self.training and self.augmented and mean is not None:
+            # Autograd keeps the tiny pass's statistics without using them, and would take a visible write for an
+            # error when the two losses are summed before `backward()`; `.data` makes it an invisible one.
+            behind = slice(self.tiny_width, channels)
+            self.running_mean.data[behind], self.running_var.data[behind] = mean[behind], var[behind]
+        return self.act(self.drop(x))
+
+    def _count_batch(self) -> float:
+        """Count a batch of the tiny pass and return its weight in the running statistics."""
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        if self.since_sort is None:
+            return momentum
+        self.since_sort += 1
+        mean_weight = 2.0 / (self.since_sort + 1)  # makes the n-th batch since the sort count n-fold
+        if self.momentum is not None and mean_weight <= momentum:
+            self.since_sort = None
+        return max(mean_weight, momentum)
+
+    def fit(self) -> None:
+        self.num_features = self.running_mean.shape[0] if self.weight is None else self.weight.shape[0]
+
+
+class _ElasticLinear:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight[:, :x.shape[-1]], self.bias)
+
+    def fit(self) -> None:
+        self.in_features = self.weight.shape[1]
+
+
+class ElasticLinear(_ElasticLinear, nn.Linear):
+    """Classifier that reads as many features as there are."""
+
+
+class ElasticTimmLinear(_ElasticLinear, Linear):
+    """The same for timm's subclass of `nn.Linear`."""
+
+
+# The role of a layer in its network (see `layout.Layout`) and its exact stock type -> its elastic type.
+ELASTIC: Dict[Tuple[str, type], type] = {
+    ('conv', nn.Conv2d): ElasticConv2d,
+    ('depthwise', nn.Conv2d): ElasticDepthwiseConv2d,
+    ('norm', BatchNormAct2d): ElasticBatchNormAct2d,
+    ('linear', nn.Linear): ElasticLinear,
+    ('linear', Linear): ElasticTimmLinear,
+}
+STOCK: Dict[type, type] = {elastic: stock for (_, stock), elastic in ELASTIC.items()}

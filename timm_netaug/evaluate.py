@@ -1,0 +1,67 @@
+"""One pass over a validation set, for `train.py` and `validate.py`."""
+import logging
+from contextlib import nullcontext
+from typing import Any, Callable, Dict, Optional
+
+import torch
+import torch.nn as nn
+from timm.task import ClassificationEvaluator
+from tqdm import tqdm
+
+__all__ = ['evaluate', 'progress_bar']
+
+_logger = logging.getLogger(__name__)
+
+
+def progress_bar(loader, description: str, enabled: bool = True) -> tqdm:
+    """Wrap a loader in a bar that shows in a terminal only; elsewhere `disable` is set, and the caller logs lines."""
+    return tqdm(loader, desc=description, disable=None if enabled else True, leave=False, dynamic_ncols=True)
+
+
+@torch.inference_mode()
+def evaluate(
+        model: nn.Module,
+        loader: Any,
+        evaluator: ClassificationEvaluator,
+        device: torch.device,
+        dtype: Optional[torch.dtype] = None,
+        autocast: Callable = nullcontext,
+        channels_last: bool = False,
+        tta: int = 0,
+        description: str = 'Validate',
+        log_interval: int = 50,
+        distributed: bool = False,
+        primary: bool = True,
+) -> Dict[str, float]:
+    """Evaluate a model over a whole loader.
+
+    Args:
+        dtype: Type that images are converted to.
+        tta: Number of views of each image that its logits are averaged over, 0 or 1 for none.
+        primary: Whether this process reports progress.
+
+    Returns:
+        The evaluator's metrics: 'loss', 'top1' and 'top5' (percent).
+    """
+    model.eval()
+    bar = progress_bar(loader, description, primary)
+    last = len(loader) - 1
+    for i, (input, target) in enumerate(bar):
+        input, target = input.to(device=device, dtype=dtype), target.to(device)
+        if channels_last:
+            input = input.contiguous(memory_format=torch.channels_last)
+        with autocast():
+            output = model(input)
+        if isinstance(output, (tuple, list)):
+            output = output[0]
+        if tta > 1:
+            output = output.unfold(0, tta, tta).mean(dim=2)
+            target = target[0:target.shape[0]:tta]
+        evaluator.update(output, target)
+        if primary and (i == last or i % log_interval == 0):
+            line = '  '.join(f'{k} {v:.4g}' for k, v in evaluator.summary().items())
+            if bar.disable:
+                _logger.info(f'{description} [{i + 1}/{last + 1}]  {line}')
+            else:
+                bar.set_postfix_str(line)
+    return evaluator.compute(distributed=distributed)

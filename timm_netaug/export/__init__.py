@@ -1,0 +1,55 @@
+"""From a super-network or a checkpoint back to a stock timm model, in memory or as a folder."""
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Mapping, Optional, Union
+
+import torch.nn as nn
+from timm.models import save_for_hf
+
+from ..supernet import SuperNet, slice_stock
+
+__all__ = ['export', 'export_folder']
+
+
+def export(supernet: SuperNet, widths: Optional[Mapping[str, int]] = None) -> nn.Module:
+    """Copy the tiny model, or any sub-network, out of a super-network.
+
+    Args:
+        supernet: Made by `augment`. It is left as it is.
+        widths: Of the sub-network, as `sampled` yields them; None for the tiny model.
+
+    Returns:
+        A stock timm model with the super-network's memory format, dtype, device and training mode.
+
+    Raises:
+        ValueError: The widths are not of this super-network.
+    """
+    return slice_stock(supernet, widths)
+
+
+def export_folder(model: nn.Module, out_dir: Union[str, Path], run: Mapping[str, Any]) -> None:
+    """Write the folder that `timm.create_model('local-dir:...', pretrained=True)` and the Hub take.
+
+    Args:
+        model: A stock timm model.
+        out_dir: Gets `model.safetensors` and `config.json`; each is written aside and then renamed.
+        run: Description of the model's training (see `checkpoint.describe_run`).
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir, prefix='.export-') as aside:
+        save_for_hf(
+            model,
+            aside,
+            model_config=dict(
+                label_names=run['class_names'],
+                # What timm's config says of the pretrained weights it knows is not true of these.
+                pretrained_cfg=dict(tag=None),
+            ),
+            model_args=run['model_args'],
+            data_config=run['data_config'],
+            safe_serialization=True,
+        )
+        for file in Path(aside).iterdir():
+            os.replace(file, out_dir / file.name)

@@ -1,0 +1,153 @@
+"""The training task: the loss of the tiny model plus that of one augmented sub-network (equation 3 of the paper)."""
+from typing import Any, Callable, Dict, Optional, Union
+
+import numpy as np
+import torch
+import torch.nn as nn
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+
+from .supernet import SuperNet, slice_stock
+
+__all__ = ['NetAugTask', 'step_generator']
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """Return the generator that the sub-network of an update step is drawn from, a function of its two arguments.
+
+    A hash stands between them and the generator because neighbouring seeds alone give related first draws.
+    """
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+
+
+class NetAugTask(ClassificationTask):
+    """Classification with NetAug, as a `timm.task.TrainingTask`.
+
+    The evaluation model is the tiny model, so a checkpoint's `state_dict` is that of the stock timm model; the
+    super-network is in its `task_state`. The training loop tells the task where it is: `start_epoch` at the start of
+    every epoch and `start_update` before every optimizer step. Without them, every forward pass counts as a step of
+    an endless first epoch.
+
+    Args:
+        model: A super-network, made by `augment`.
+        criterion: Loss function. Created from criterion_kwargs when None.
+        criterion_kwargs: Arguments for timm's create_classification_loss() when criterion is None.
+        seed: The sub-network of a step is a function of it and of the step's number, the same on all ranks.
+        device: Device for task tensors/buffers
+        dtype: Dtype for task tensors/buffers
+        verbose: Enable info logging
+
+    Raises:
+        ValueError: The model is not a super-network.
+    """
+
+    def __init__(
+            self,
+            model: SuperNet,
+            criterion: Optional[Union[nn.Module, Callable]] = None,
+            criterion_kwargs: Optional[Dict[str, Any]] = None,
+            seed: int = 42,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+            verbose: bool = True,
+    ):
+        if not isinstance(unwrap_model(model), SuperNet):
+            raise ValueError(f'NetAugTask trains a super-network, got {type(model).__name__}: augment() the model first.')
+        super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
+        self.seed = seed
+        self.expand_only = False
+        self._step = 0
+        self._counting = True
+
+    @property
+    def supernet(self) -> SuperNet:
+        """The super-network without the wrappers around it."""
+        return unwrap_model(self.trainable_module)
+
+    def start_epoch(self, epoch: int, num_epochs: int, optimizer: Optional[torch.optim.Optimizer] = None) -> None:
+        """Set the phase of the schedule, and sort the channels where it asks for it (section 3.3 of the paper).
+
+        Nothing is sorted before the first epoch: `SuperNet.init_weights` has, and given weights stay where they are.
+
+        Args:
+            epoch: From 0.
+            num_epochs: Of the whole training.
+            optimizer: Its state is sorted with the weights.
+        """
+        config = self.supernet.netaug_config
+        self.expand_only = epoch >= config.stop_width_at * num_epochs
+        if config.sort and not self.expand_only and epoch > 0:
+            orders = self.supernet.sort_channels(optimizer)
+            if self.has_ema():
+                unwrap_model(self.get_trainable_module(ema=True)).permute_channels(orders)
+
+    def start_update(self, step: int) -> None:
+        """Choose the sub-network that every forward pass trains up to the next call."""
+        self._step, self._counting = step, False
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Compute the loss of the tiny model and of one augmented sub-network.
+
+        Args:
+            input: Images (B, C, H, W).
+            target: Labels (B,), or whatever the criterion takes.
+
+        Returns:
+            'loss' (the sum, to call `backward` on), 'tiny_loss', 'aug_loss', and 'output', the tiny model's logits.
+        """
+        result = super().forward(input, target)
+        tiny_loss = result['loss']
+        supernet = self.supernet
+        with supernet.sampled(step_generator(self.seed, self._step), self.expand_only):
+            aug_loss = self.criterion(self.trainable_module(input), target)
+        if self._counting:
+            self._step += 1
+        loss = tiny_loss + supernet.netaug_config.alpha * aug_loss
+        return {**result, 'loss': loss, 'tiny_loss': tiny_loss.detach(), 'aug_loss': aug_loss.detach()}
+
+    def compile(self, *args: Any, **kwargs: Any) -> nn.Module:
+        raise ValueError('A super-network can not be compiled yet: sampled widths would recompile without end.')
+
+    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
+        """Return the tiny model as it is now: a copy, which further training does not change."""
+        module = self.get_trainable_module(ema=ema) if module is None else module
+        return None if module is None else slice_stock(unwrap_model(module))
+
+    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+        module = self.get_trainable_module(ema=ema) if module is None else module
+        if module is None:
+            return {}
+        supernet = unwrap_model(module)
+        return dict(
+            netaug=supernet.netaug_config.to_dict(),
+            supernet=supernet.state_dict(),
+            batches_since_sort=supernet.batches_since_sort,
+        )
+
+    def load_checkpoint_state(
+            self,
+            state_dict: Dict[str, Any],
+            task_state: Optional[Dict[str, Any]] = None,
+            ema: bool = False,
+            strict: bool = True,
+    ) -> None:
+        """Load the super-network; the tiny model's `state_dict` is a slice of it.
+
+        Raises:
+            ValueError: The checkpoint is not of a NetAug training, or of one with another config.
+            RuntimeError: An EMA is to be loaded before `setup_ema`, or a tensor has another shape.
+        """
+        module = self.get_trainable_module(ema=ema)
+        if module is None:
+            raise RuntimeError('Cannot load EMA checkpoint state before setup_ema().')
+        supernet = unwrap_model(module)
+        if not task_state:
+            raise ValueError('The checkpoint holds no super-network, as it is not of a training with NetAug.'
+                             ' Start from its weights with --initial-checkpoint instead of resuming it.')
+        config = supernet.netaug_config.to_dict()
+        changed = [k for k in config if task_state['netaug'].get(k) != config[k]]
+        if changed:
+            raise ValueError('The checkpoint is of a NetAug training with another config: ' + ', '.join(
+                f'{k} is {task_state["netaug"].get(k)} there and {config[k]} here' for k in changed) + '.')
+        supernet.load_state_dict(task_state['supernet'], strict=strict)
+        supernet.batches_since_sort = task_state['batches_since_sort']

@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""Evaluate a registered timm model, a folder or Hub repository, a checkpoint of `train.py`, or a reference checkpoint.
+
+    python validate.py --data-dir DATA --checkpoint output/train/RUN/model_best.pth.tar
+    python validate.py --data-dir DATA --model netaug_mbv2_tiny --checkpoint reference.pth --num-classes 1000
+"""
+import json
+import logging
+import os
+import sys
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Dict, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from timm import create_model
+from timm.data import create_dataset, create_loader, resolve_input_data_config
+from timm.layers import set_fast_norm
+from timm.models import load_state_dict, resolve_model_input_args
+from timm.task import ClassificationEvaluator
+from timm.utils import random_seed, setup_default_logging
+
+import timm_netaug
+from timm_netaug.args import UserError, check_validate_args, parse_args, validate_parser
+from timm_netaug.checkpoint import load_run, read_checkpoint
+from timm_netaug.evaluate import evaluate
+
+_logger = logging.getLogger('validate')
+
+
+def set_up_model(args) -> Tuple[nn.Module, Dict[str, Any]]:
+    """Build the model and tell how its input is to be made."""
+    run = None
+    if args.checkpoint and not args.checkpoint.endswith('.safetensors'):
+        run = getattr(read_checkpoint(args.checkpoint).get('args'), 'run', None)
+    if run is not None:
+        model, run, _ = load_run(args.checkpoint, args.use_ema)
+        flags = {k: v for k, v in vars(args).items() if v not in (None, '')}
+        if flags.get('img_size') or flags.get('input_size'):
+            run['data_config'].pop('input_size')
+        return model, resolve_input_data_config(model, args={**run['data_config'], **flags})
+    try:
+        model = create_model(
+            pretrained=args.pretrained,
+            **resolve_model_input_args(
+                args.model,
+                vars(args),
+                num_classes=args.num_classes,
+                in_chans=args.in_chans,
+                global_pool=args.gp,
+                **args.model_kwargs,
+            ),
+        )
+        if args.checkpoint:
+            # The filter only renames a reference checkpoint; weights in timm's names pass through it.
+            state_dict = timm_netaug.checkpoint_filter_fn(load_state_dict(args.checkpoint, use_ema=args.use_ema), model)
+            model.load_state_dict(state_dict)
+    except (FileNotFoundError, RuntimeError, ValueError, TypeError) as e:
+        why = str(e).strip() or f'there is no file {args.checkpoint}'
+        raise UserError(f'{args.model} can not be loaded: {" ".join(why.split())[:500]}') from e
+    return model, resolve_input_data_config(model, args=vars(args), use_test_size=not args.use_train_size)
+
+
+def main() -> None:
+    setup_default_logging()
+    logging.getLogger('timm').setLevel(logging.WARNING)
+    parser = validate_parser()
+    args = parse_args(parser, sys.argv[1:])
+    check_validate_args(parser, args)
+    random_seed(args.seed, 0)
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        if any(a == '--device' or a.startswith('--device=') for a in sys.argv):
+            raise UserError('--device cuda was asked for, but PyTorch finds no GPU here: use --device cpu.')
+        _logger.info('No GPU found: evaluating on the CPU.')
+        args.device = 'cpu'
+    device = torch.device(args.device)
+    dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
+    if args.fast_norm:
+        set_fast_norm()
+    model, data_config = set_up_model(args)
+    model = model.to(device=device, dtype=dtype)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if args.data_dir and not args.dataset and not os.path.isdir(args.data_dir):
+        raise UserError(f'--data-dir: there is no folder {args.data_dir}.')
+    try:
+        dataset = create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=args.split,
+            download=args.dataset_download,
+            class_map=args.class_map,
+            num_samples=args.num_samples,
+            input_img_mode=args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L'),
+            input_key=args.input_key,
+            target_key=args.target_key,
+            trust_remote_code=args.dataset_trust_remote_code,
+        )
+    except (RuntimeError, FileNotFoundError, AssertionError) as e:
+        raise UserError(f'The data set can not be opened: {e}') from e
+    classes = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or ()
+    if len(classes) > model.num_classes:
+        raise UserError(f'The data set has {len(classes)} classes, the model {model.num_classes}.')
+    loader = create_loader(
+        dataset,
+        input_size=data_config['input_size'],
+        batch_size=args.batch_size,
+        use_prefetcher=not args.no_prefetcher,
+        interpolation=data_config['interpolation'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=args.workers,
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+        crop_border_pixels=args.crop_border_pixels,
+        pin_memory=args.pin_mem,
+        device=device,
+        img_dtype=dtype,
+        tf_preprocessing=args.tf_preprocessing,
+    )
+    autocast = nullcontext
+    if args.amp:
+        autocast = partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
+    metrics = evaluate(
+        model,
+        loader,
+        ClassificationEvaluator(device=device),
+        device,
+        dtype=dtype,
+        autocast=autocast,
+        channels_last=args.channels_last,
+        log_interval=args.log_freq,
+    )
+    results = dict(
+        model=args.checkpoint or args.model,
+        top1=round(metrics['top1'], 4),
+        top5=round(metrics['top5'], 4),
+        loss=round(metrics['loss'], 5),
+        param_count=round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
+        img_size=data_config['input_size'][-1],
+        crop_pct=data_config['crop_pct'],
+        interpolation=data_config['interpolation'],
+        images=len(dataset),
+    )
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f'validate.py: error: {e}')
