@@ -92,7 +92,7 @@ class ElasticBatchNormAct2d(BatchNormAct2d):
         if self.since_sort is None:
             return momentum
         self.since_sort += 1
-        mean_weight = 2.0 / (self.since_sort + 1)  # makes the n-th batch since the sort count n-fold
+        mean_weight = 3.0 / (self.since_sort + 2)  # the n-th batch since the sort counts n (n + 1) / 2 times the first
         if self.momentum is not None and mean_weight <= momentum:
             self.since_sort = None
         return max(mean_weight, momentum)
@@ -103,7 +103,8 @@ class ElasticBatchNormAct2d(BatchNormAct2d):
 
 class _ElasticLinear:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight[:, :x.shape[-1]], self.bias)
+        # Contiguous, because autograd chooses the order of the weight gradient's sums by the strides of the weight.
+        return F.linear(x, self.weight[:, :x.shape[-1]].contiguous(), self.bias)
 
     def fit(self) -> None:
         self.in_features = self.weight.shape[1]

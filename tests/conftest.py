@@ -1,0 +1,87 @@
+"""Fixtures: the five models, small images, and the scripts run as a user runs them."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import timm_netaug
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / 'shared'  # parity data and image sets, where the project is developed
+MODELS = sorted(timm.list_models('netaug_*'))
+assert len(MODELS) == 5
+# Other names of the families, with every supported kind of block and head among them.
+OTHERS = ['mobilenetv2_035', 'mobilenetv3_small_050', 'mnasnet_small', 'lcnet_035', 'tinynet_e', 'fbnetc_100']
+
+torch.set_num_threads(1)  # the tensors are small, and CI machines are shared
+
+
+def images(batch: int = 4, size: int = 64, seed: int = 0, **kwargs) -> torch.Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(**kwargs)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give every parameter and statistic of a model values that differ from their neighbours'."""
+    g = generator(seed)
+    with torch.no_grad():
+        for name, t in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith('running_var') or (t.ndim == 1 and name.endswith('weight')):
+                t.copy_(torch.rand(t.shape, generator=g) + 0.5)
+            elif t.ndim == 1:
+                t.copy_(torch.randn(t.shape, generator=g) * 0.1)
+    return model
+
+
+def make(name: str, **kwargs) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return randomise(timm.create_model(name, **{'num_classes': 10, **kwargs}))
+
+
+def make_supernet(name: str = 'netaug_mbv2_tiny', config: dict = {}, **kwargs) -> timm_netaug.SuperNet:
+    return randomise(timm_netaug.augment(make(name, **kwargs), timm_netaug.NetAugConfig(**config)), 1)
+
+
+def run_python(*command, check: bool = True, cwd=ROOT) -> subprocess.CompletedProcess:
+    """Run python on a command line; a test that expects success shows the whole output where there is none."""
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def readme_block(marker: str) -> str:
+    """Return the code block of the README that follows an HTML comment."""
+    text = (ROOT / 'README.md').read_text()
+    return re.search(rf'<!-- {re.escape(marker)} -->\s*```\w*\n(.*?)```', text, re.S)[1]
+
+
+@pytest.fixture(scope='session')
+def digits(tmp_path_factory) -> Path:
+    """scikit-learn's digits as an image folder of 32 x 32 pixels."""
+    sys.path.insert(0, str(ROOT))
+    import demo
+    root = tmp_path_factory.mktemp('digits')
+    demo.write_digits(root)
+    return root
+
+
+@pytest.fixture(scope='session')
+def run_dir(digits, tmp_path_factory) -> Path:
+    """A short run of train.py with NetAug: two epochs of the digits, the first one with augmented widths."""
+    out = tmp_path_factory.mktemp('runs')
+    run_python(
+        'train.py', '--data-dir', digits, '--num-classes', 10, '--model', 'netaug_mbv2_tiny', '--img-size', 32,
+        '--netaug', '-b', 128, '--epochs', 2, '--warmup-epochs', 0, '--lr', 0.05, '-j', 0, '--crop-pct', 1.0,
+        '--mean', 0.3, '--std', 0.35, '--output', out, '--experiment', 'netaug')
+    return out / 'netaug'

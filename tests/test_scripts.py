@@ -1,0 +1,279 @@
+"""train.py, validate.py and export as a user runs them."""
+import csv
+import json
+import sys
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+from timm.utils import ParseKwargs
+
+import timm_netaug
+from conftest import ROOT, images, make, readme_block, run_python
+from timm_netaug.args import UserError, check_train_args, netaug_config, parse_args, train_parser, validate_parser
+
+RECIPES = sorted((ROOT / 'hfconfigs').glob('*/train.yaml'))
+SMALL = ['--num-classes', 10, '--img-size', 32, '-b', 256, '-j', 0, '--warmup-epochs', 0, '--crop-pct', 1.0]
+
+
+@pytest.mark.parametrize('script, parser', [('train', train_parser()), ('validate', validate_parser())])
+def test_every_flag_of_timm(script, parser):
+    """Same flags, defaults, types, choices and numbers of values; all explained in --help."""
+    flags = json.loads((ROOT / f'tests/data/{script}_flags.json').read_text())
+    assert len(flags) > 50
+    actions = {a.dest: a for a in parser._actions}
+    for flag in flags:
+        action = actions[flag['dest']]
+        assert set(action.option_strings or [action.dest]) == set(flag['flags'])
+        assert action.default == flag['default'] and action.nargs == flag['nargs'], flag['dest']
+        assert (action.type.__name__ if action.type else None) == flag['type'] or flag['type'] == 'ParseKwargs'
+        assert isinstance(action, ParseKwargs) == ('ParseKwargs' in (flag['type'], flag['kind']))
+        assert (list(action.choices) if action.choices else None) == flag['choices']
+        assert action.help
+        assert all(name in parser.format_help() for name in flag['flags'])
+
+
+@pytest.mark.parametrize('argv, said', [
+    (['--naflex-loader'], '--naflex-loader is not carried out yet'),
+    (['--kd-model-name', 'resnet18'], '--kd-model-name is not carried out yet'),
+    (['--kd-temperature', '2'], '--kd-temperature is not carried out yet'),
+    (['--train-img-sizes', '32', '64'], '--train-img-sizes is not carried out yet'),
+    (['--sync-bn'], '--sync-bn is not carried out yet'),
+    (['--netaug', '--torchcompile'], '--torchcompile is not carried out together with --netaug'),
+    (['--netaug', '--grad-checkpointing'], '--grad-checkpointing is not carried out together with --netaug'),
+    (['--netaug-alpha', '2'], 'do nothing without --netaug'),
+    (['--netaug', '--netaug-divisor', '0'], 'divisor must be'),
+    (['--netaug', '--netaug-width-mults', '0.5'], 'width_mults must be'),
+    (['--clip-mode', 'nrom'], '--clip-mode takes one of'),
+    (['--batch-size', '0'], '--batch-size must be at least 1'),
+    (['--bce-sum'], '--bce-sum does nothing without --bce-loss'),
+    (['--model-ema-warmup'], '--model-ema-warmup does nothing without --model-ema'),
+])
+def test_refused_by_name(argv, said):
+    parser = train_parser()
+    args = parse_args(parser, ['--data-dir', 'D', *argv])
+    with pytest.raises(UserError, match=said):
+        check_train_args(parser, args)
+        netaug_config(args)
+
+
+def test_every_flag_is_read_or_refused():
+    """No flag is parsed and then forgotten."""
+    code = ''.join(p.read_text() for p in [ROOT / 'train.py', ROOT / 'timm_netaug/args.py'])
+    by_timm = {  # read off the arguments by timm's helpers
+        'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'layer_decay', 'layer_decay_min_scale',
+        'layer_decay_no_opt_scale', 'lr_noise', 'lr_noise_pct', 'lr_noise_std', 'lr_cycle_mul', 'lr_cycle_decay',
+        'lr_cycle_limit', 'lr_k_decay', 'warmup_lr', 'min_lr', 'decay_milestones', 'decay_epochs', 'warmup_epochs',
+        'warmup_prefix', 'cooldown_epochs', 'patience_epochs', 'decay_rate', 'img_size', 'input_size', 'mean', 'std',
+        'crop_pct', 'interpolation'}
+    dests = [a.dest for a in train_parser()._actions if a.dest not in ('help', 'config')]
+    unread = [d for d in dests if f'args.{d}' not in code and f"'{d}'" not in code and not d.startswith('netaug_')]
+    assert len(dests) > 170 and set(unread) <= by_timm
+
+
+@pytest.mark.parametrize('text, said', [
+    ('epoch: 3', "Unknown key 'epoch' .value 3.* nearest flag is --epochs"),
+    ('lr: fast', "'lr' .*'fast'.*invalid float"),
+    ('netaug: 1', "'netaug' .* takes true or false"),
+    ('kd_distill_type: logits', "'kd_distill_type'.*'logits'.*invalid choice"),
+    ('model: [a, b]', 'takes one value'),
+    ('batch_size: 1.5', "'batch_size'.*invalid int"),
+    ('input_size: [3, 32]', "'input_size'.*expected 3"),
+    ('- lr', 'must map flags to values'),
+    ('lr: [', 'Can not read the config'),
+])
+def test_strict_yaml(text, said, tmp_path):
+    file = tmp_path / 'config.yaml'
+    file.write_text(text)
+    with pytest.raises(UserError, match=said):
+        parse_args(train_parser(), ['-c', str(file)])
+
+
+def test_yaml_says_what_flags_say(tmp_path):
+    file = tmp_path / 'config.yaml'
+    file.write_text('model: netaug_mcunet\nscale: [0.5, 1]\nnetaug: true\namp: false\nopt-kwargs: {nesterov: false}\n'
+                    'lr: -1e-3\naa: ""\ndata_dir: D\nclip_grad: null\nseed: 1\n')
+    got = parse_args(train_parser(), ['-c', str(file), '--seed', '2'])
+    want = parse_args(train_parser(), [
+        '--model', 'netaug_mcunet', '--scale', '0.5', '1', '--netaug', '--opt-kwargs', 'nesterov=False', '--lr=-1e-3',
+        '--aa', '', '--data-dir', 'D', '--seed', '2'])
+    want.config = got.config
+    assert vars(got) == vars(want)
+    assert got.opt_kwargs == {'nesterov': False}
+
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda p: p.parent.name)
+def test_recipes(recipe):
+    parser = train_parser()
+    args = parse_args(parser, ['-c', str(recipe)])
+    check_train_args(parser, args)
+    netaug_config(args)
+    assert timm.models.is_model(args.model)
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+def test_run_with_netaug(run_dir):
+    rows = list(csv.DictReader((run_dir / 'summary.csv').open()))
+    assert list(rows[0]) == ['epoch', 'train_loss', 'train_tiny_loss', 'train_aug_loss', 'eval_loss', 'eval_top1',
+                             'eval_top5', 'lr']
+    assert [r['epoch'] for r in rows] == ['0', '1']
+    for r in rows:
+        total = float(r['train_tiny_loss']) + float(r['train_aug_loss'])
+        assert float(r['train_loss']) == pytest.approx(total, rel=1e-5)
+    saved = torch.load(run_dir / 'last.pth.tar', weights_only=False)
+    assert saved['task_state']['netaug'] == timm_netaug.NetAugConfig().resolve('netaug_mbv2_tiny').to_dict()
+    run = saved['args'].run
+    assert run['class_names'] == [str(i) for i in range(10)]
+    assert run['data_config']['input_size'] == (3, 32, 32) and run['data_config']['crop_pct'] == 1.0
+    assert set(p.name for p in run_dir.iterdir()) == {
+        'args.yaml', 'versions.json', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar',
+        'checkpoint-1.pth.tar'}
+    again = parse_args(train_parser(), ['-c', str(run_dir / 'args.yaml')])  # a run's flags are a config for the next
+    assert again.epochs == 2 and again.netaug and again.mean == [0.3]
+
+
+def test_export_and_validate(run_dir, digits, tmp_path):
+    best = run_dir / 'model_best.pth.tar'
+    done = run_python('-m', 'timm_netaug.export', best, tmp_path / 'out')
+    assert not done.stderr and f"timm.create_model('local-dir:{tmp_path}/out', pretrained=True)" in done.stdout
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['config.json', 'model.safetensors']
+    config = json.loads((tmp_path / 'out/config.json').read_text())
+    assert config['architecture'] == 'netaug_mbv2_tiny' and config['label_names'] == [str(i) for i in range(10)]
+    cfg = config['pretrained_cfg']
+    assert cfg['input_size'] == [3, 32, 32] and cfg['crop_pct'] == 1.0
+    assert cfg['mean'] == [0.3, 0.3, 0.3] and cfg['std'] == [0.35, 0.35, 0.35]
+    model = timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True).eval()
+    stock = timm.create_model('netaug_mbv2_tiny', num_classes=10, checkpoint_path=str(best)).eval()
+    x = images(2, 32)
+    assert torch.equal(model(x), stock(x))
+    assert set(load_file(tmp_path / 'out/model.safetensors')) == set(stock.state_dict())
+
+    rows = list(csv.DictReader((run_dir / 'summary.csv').open()))
+    top1 = max(float(r['eval_top1']) for r in rows)
+    for source in (['--checkpoint', best], ['--model', f'local-dir:{tmp_path}/out', '--pretrained']):
+        done = run_python('validate.py', *source, '--data-dir', digits, '-j', 0)
+        result = json.loads(done.stdout[done.stdout.index('{'):])
+        assert result['top1'] == pytest.approx(top1, abs=1e-3) and result['img_size'] == 32
+
+
+def test_reads_in_stock_timm(digits, tmp_path):
+    """A checkpoint of any other model of the family opens where this package was never imported."""
+    run_python('train.py', '--data-dir', digits, '--model', 'mobilenetv3_small_050', '--netaug', *SMALL, '--epochs', 1,
+               '--output', tmp_path, '--experiment', 'run')
+    code = ("import sys, timm; m = timm.create_model('mobilenetv3_small_050', num_classes=10, checkpoint_path=sys.argv[1]);"
+            " assert not any('netaug' in n for n in sys.modules); print(sum(p.numel() for p in m.parameters()))")
+    done = run_python('-c', code, tmp_path / 'run/last.pth.tar', cwd=tmp_path)
+    assert int(done.stdout) == sum(p.numel() for p in timm.create_model('mobilenetv3_small_050', num_classes=10).parameters())
+
+
+def test_resume(run_dir, digits, tmp_path):
+    """The second epoch, run again from the first one's checkpoint, ends with the same weights."""
+    args = ['train.py', '-c', run_dir / 'args.yaml', '--resume', run_dir / 'checkpoint-0.pth.tar', '--output', tmp_path]
+    run_python(*args, '--experiment', 'resumed')
+    one, two = (torch.load(d / 'last.pth.tar', weights_only=False) for d in (run_dir, tmp_path / 'resumed'))
+    assert one['epoch'] == two['epoch'] == 1
+    for part in ('supernet',):
+        a, b = one['task_state'][part], two['task_state'][part]
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    done = run_python(*args, '--netaug-divisor', 8, check=False)
+    assert done.returncode == 1 and 'divisor is 1 there and 8 here' in done.stderr and 'Traceback' not in done.stderr
+    done = run_python(*args, '--model', 'netaug_mcunet', check=False)
+    assert done.returncode == 1 and 'architecture netaug_mbv2_tiny' in done.stderr
+
+
+@pytest.mark.parametrize('netaug', [[], ['--netaug']], ids=['plain', 'netaug'])
+def test_starts_from_given_weights(netaug, digits, tmp_path):
+    """At a learning rate of zero the weights at the end are those given; the head stays where the classes agree."""
+    given = make('netaug_mcunet')
+    torch.save({'state_dict': given.state_dict()}, tmp_path / 'given.pth')
+    still = ['--epochs', 1, '--lr', 0, '--warmup-lr', 0, '--weight-decay', 0, '--model', 'netaug_mcunet',
+             '--data-dir', digits, '--output', tmp_path, *netaug, *SMALL]
+    run_python('train.py', *still, '--pretrained-path', tmp_path / 'given.pth', '--experiment', 'a')
+    got = torch.load(tmp_path / 'a/last.pth.tar', weights_only=False)['state_dict']
+    for name, p in given.named_parameters():
+        assert torch.equal(got[name], p), name
+    other = make('netaug_mcunet', num_classes=3)
+    torch.save({'state_dict': other.state_dict()}, tmp_path / 'other.pth')
+    done = run_python('train.py', *still, '--pretrained-path', tmp_path / 'other.pth', '--experiment', 'b')
+    assert 'The weights are for 3 classes, not 10: the classifier is a new one.' in done.stdout + done.stderr
+    got = torch.load(tmp_path / 'b/last.pth.tar', weights_only=False)['state_dict']
+    assert all(torch.equal(got[n], p) for n, p in other.named_parameters() if not n.startswith('classifier'))
+    assert got['classifier.weight'].shape[0] == 10
+
+
+def test_everything_at_once_still_trains(digits, tmp_path):
+    """Flags that meet in one step: accumulation over an uneven epoch, clipping, EMA, mixup, bfloat16, channels-last."""
+    run_python('train.py', '--data-dir', digits, '--model', 'netaug_mbv3_035', '--netaug', *SMALL, '-b', 128, '--epochs', 1,
+               '--grad-accum-steps', 4, '--clip-grad', 1.0, '--model-ema', '--mixup', 0.2, '--amp', '--amp-dtype',
+               'bfloat16', '--channels-last', '--opt', 'adamw', '--lr', 1e-3, '--drop', 0.1, '--drop-path', 0.1,
+               '--output', tmp_path, '--experiment', 'run')
+    run_python('-m', 'timm_netaug.export', tmp_path / 'run/last.pth.tar', tmp_path / 'out', '--use-ema')
+    assert timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True).num_classes == 10
+
+
+@pytest.mark.parametrize('argv, said', [
+    (['--model', 'resnet18', '--netaug'], "the model itself, of type ResNet is not supported"),
+    (['--model', 'netaug_mcunet', '--num-classes', 5], 'has 10 classes, the model 5: add --num-classes 10'),
+    (['--model', 'no_such_model'], 'Unknown model'),
+    (['--model', 'netaug_mcunet', '--data-dir', '/no/such'], 'there is no folder /no/such'),
+    (['--model', 'netaug_mcunet', '--pretrained'], 'No pretrained weights exist'),
+    (['--model', 'netaug_mcunet', '--pretrained-path', '/no/such.pth'], 'there is no file /no/such.pth'),
+    (['--model', 'netaug_mcunet', '--drop-block', 0.1], 'drop_block_rate'),
+    (['--model', 'netaug_mcunet', '--resume', '/no/such.pth'], 'There is no checkpoint /no/such.pth'),
+    (['--model', 'netaug_mcunet', '-b', 5000], 'fewer images than a batch'),
+    (['--model', 'netaug_mcunet', '--device', 'cuda'], 'use --device cpu'),
+])
+def test_wrong_input_gets_one_sentence(argv, said, digits, tmp_path, capsys, monkeypatch):
+    if 'cuda' in argv and torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    sys.path.insert(0, str(ROOT))
+    import train
+    base = ['train.py', '--data-dir', digits, *SMALL, '--epochs', 1, '--output', tmp_path / 'out', *argv]
+    monkeypatch.setattr(sys, 'argv', [str(a) for a in base])
+    with pytest.raises(UserError, match=said) as e:
+        train.main()
+    assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()
+
+
+def test_validate_reference_checkpoint(digits, tmp_path):
+    from test_reference import reference_names
+    model = make('netaug_mbv3_035')
+    names = reference_names(model)
+    torch.save({'state_dict': {names[k]: v for k, v in model.state_dict().items()}}, tmp_path / 'official.pth')
+    torch.save(model.state_dict(), tmp_path / 'own.pth')
+    results = []
+    for file in ('official.pth', 'own.pth'):
+        done = run_python('validate.py', '--model', 'netaug_mbv3_035', '--checkpoint', tmp_path / file, '--data-dir',
+                          digits, '--num-classes', 10, '--img-size', 32, '-j', 0)
+        results.append(json.loads(done.stdout[done.stdout.index('{'):])['loss'])
+    assert results[0] == results[1]
+    done = run_python('validate.py', '--model', 'netaug_mcunet', '--checkpoint', tmp_path / 'official.pth', '--data-dir',
+                      digits, '--num-classes', 10, check=False)
+    assert done.returncode == 1 and 'does not fit netaug_mcunet' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_readme_loop():
+    """The README's training loop, as it stands there."""
+    scope = dict(
+        loader=[(images(8, 64, seed=i), torch.randint(10, (8,))) for i in range(3)], epochs=2)
+    exec(readme_block('library'), scope)
+    tiny = scope['tiny']
+    assert type(tiny) is timm.models.EfficientNet and tiny.eval()(images(1, 64)).shape == (1, 10)
+
+
+def test_readme_names_real_flags():
+    text = (ROOT / 'README.md').read_text()
+    import re
+    known = {s for p in (train_parser(), validate_parser()) for a in p._actions for s in a.option_strings}
+    flags = set(re.findall(r'(?<![\w-])(--[a-z][a-z0-9-]+)', text)) - {'--use-ema', '--output'}
+    assert flags and flags <= known, flags - known
+
+
+def test_recipe_of_the_first_command_is_plain_yaml():
+    recipe = yaml.safe_load((ROOT / 'hfconfigs/netaug_mbv2_tiny.netaug_digits/train.yaml').read_text())
+    assert recipe['model'] == 'netaug_mbv2_tiny' and recipe['netaug'] is True
