@@ -419,7 +419,7 @@ def train_one_epoch(
 def write_provenance(args, parser, output_dir: str) -> None:
     """Write the resolved flags (as a config for -c) and the versions beside the results."""
     flags = {a.dest: getattr(args, a.dest) for a in parser._actions
-             if hasattr(args, a.dest) and a.dest not in ('help', 'config', 'data', 'local_rank')}
+             if getattr(args, a.dest, None) not in (None, []) and a.dest not in ('help', 'config', 'data', 'local_rank')}
     with open(os.path.join(output_dir, 'args.yaml'), 'w') as f:
         yaml.safe_dump(flags, f, sort_keys=True)
     try:
