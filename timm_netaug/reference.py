@@ -1,43 +1,57 @@
 """Checkpoints of the NetAug reference implementation (the tiny models' `.pth` files), carried over to timm's names."""
-import re
 from typing import Any, Dict, Mapping
 
 import torch.nn as nn
+from timm.models._efficientnet_blocks import ConvBnAct, DepthwiseSeparableConv, InvertedResidual
 from timm.models.mobilenetv3 import MobileNetV3
 
 __all__ = ['checkpoint_filter_fn', 'is_reference']
 
-_PREFIXES = ('backbone.', 'head.')  # every key of a reference checkpoint starts with one of these
-_BLOCK_PARTS = {  # the reference's names -> timm's, in blocks with and without an expansion
-    True: {'inverted_conv.conv': 'conv_pw', 'inverted_conv.norm': 'bn1', 'depth_conv.conv': 'conv_dw',
-           'depth_conv.norm': 'bn2', 'point_conv.conv': 'conv_pwl', 'point_conv.norm': 'bn3'},
-    False: {'depth_conv.conv': 'conv_dw', 'depth_conv.norm': 'bn1', 'point_conv.conv': 'conv_pw',
-            'point_conv.norm': 'bn2'},
+# Within a block: the reference's name of a layer -> timm's.
+_PARTS = {
+    InvertedResidual: {
+        'conv.inverted_conv.conv': 'conv_pw',
+        'conv.inverted_conv.norm': 'bn1',
+        'conv.depth_conv.conv': 'conv_dw',
+        'conv.depth_conv.norm': 'bn2',
+        'conv.se_layer.reduce_conv': 'se.conv_reduce',
+        'conv.se_layer.expand_conv': 'se.conv_expand',
+        'conv.point_conv.conv': 'conv_pwl',
+        'conv.point_conv.norm': 'bn3',
+    },
+    DepthwiseSeparableConv: {
+        'conv.depth_conv.conv': 'conv_dw',
+        'conv.depth_conv.norm': 'bn1',
+        'conv.point_conv.conv': 'conv_pw',
+        'conv.point_conv.norm': 'bn2',
+    },
+    ConvBnAct: {'conv': 'conv', 'norm': 'bn1'},
 }
-_SE_PARTS = {'se_layer.reduce_conv': 'se.conv_reduce', 'se_layer.expand_conv': 'se.conv_expand'}
 
 
 def is_reference(state_dict: Mapping[str, Any]) -> bool:
     """Tell whether a state dict has the reference implementation's names."""
-    return bool(state_dict) and all(key.startswith(_PREFIXES) for key in state_dict)
+    return bool(state_dict) and all(key.startswith(('backbone.', 'head.')) for key in state_dict)
 
 
-def _layer_names(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, str]:
-    """Map the reference's places of blocks and head layers to timm's.
-
-    A network is an input stem (convolution, first block), stages of blocks, and a head, whose first member is the
-    last block (or, in MobileNetV3, a convolution) where timm has one more stage.
-    """
+def _layer_names(model: nn.Module) -> Dict[str, str]:
+    """Map the reference's layers to timm's: an input stem, stages, and a head that begins with timm's last stage."""
+    names = {'backbone.input_stem.op_list.0.conv': 'conv_stem', 'backbone.input_stem.op_list.0.norm': 'bn1'}
     last = len(model.blocks) - 1
-    names = {'backbone.input_stem.op_list.0': '', 'backbone.input_stem.op_list.1': 'blocks.0.0'}
-    for key in state_dict:
-        match = re.match(r'backbone\.stages\.(\d+)\.op_list\.(\d+)\.', key)
-        if match:
-            names[match[0][:-1]] = f'blocks.{int(match[1]) + 1}.{match[2]}'
-    head = sorted({int(key.split('.')[2]) for key in state_dict if re.match(r'head\.op_list\.\d+\.', key)})
-    for i, index in enumerate(head):
-        is_classifier = i == len(head) - 1
-        names[f'head.op_list.{index}'] = f'blocks.{last}.0' if i == 0 else 'classifier' if is_classifier else 'head'
+    for i, stage in enumerate(model.blocks):
+        for j, block in enumerate(stage):
+            place = f'backbone.stages.{i - 1}.op_list.{j}'
+            if i in (0, last):
+                place = 'backbone.input_stem.op_list.1' if i == 0 else 'head.op_list.0'
+            for theirs, ours in _PARTS.get(type(block), {}).items():
+                names[f'{place}.{theirs}'] = f'blocks.{i}.{j}.{ours}'
+    # The pooling counts too: it comes before MobileNetV3's head convolution and behind the others'.
+    has_head = isinstance(model.conv_head, nn.Conv2d)
+    if has_head and isinstance(model, MobileNetV3):
+        names['head.op_list.2.conv'] = 'conv_head'
+    elif has_head:
+        names.update({'head.op_list.1.conv': 'conv_head', 'head.op_list.1.norm': 'bn2'})
+    names[f'head.op_list.{3 if has_head else 2}.linear'] = 'classifier'
     return names
 
 
@@ -53,38 +67,28 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     Raises:
         ValueError: It is a reference checkpoint, but not of this model.
     """
-    if 'state_dict' in state_dict and isinstance(state_dict['state_dict'], dict):
+    if isinstance(state_dict.get('state_dict'), dict):
         state_dict = state_dict['state_dict']
     if not is_reference(state_dict):
         return state_dict
-    norm_of_head = 'norm_head' if isinstance(model, MobileNetV3) else 'bn2'
-    plain = {'': {'conv': 'conv_stem', 'norm': 'bn1'}, 'head': {'conv': 'conv_head', 'norm': norm_of_head}}
-    names = _layer_names(state_dict, model)
-    wanted = model.state_dict()
-    renamed, unmatched = {}, []
+    architecture = getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)
+    if not hasattr(model, 'blocks') or not hasattr(model, 'conv_head'):
+        raise ValueError(f'The reference checkpoint does not fit {architecture}: it is of a netaug_* model.')
+    names, renamed, unmatched = _layer_names(model), {}, []
+    missing = set(model.state_dict())
+    if isinstance(model.get_classifier(), nn.Identity):  # a model without a classifier leaves theirs out
+        state_dict = {k: v for k, v in state_dict.items() if '.linear.' not in k}
     for key, tensor in state_dict.items():
-        place, inner = re.match(r'((?:backbone\.|head\.).*?op_list\.\d+)\.(.*)', key + '.').groups() \
-            if 'op_list' in key else ('', key + '.')
-        layer, _, kind = inner[:-1].rpartition('.')
-        block = names.get(place)
-        if block in plain:
-            name = plain[block].get(layer)
-        elif block == 'classifier':
-            name = {'linear': ''}.get(layer)
-        else:
-            layer = layer.removeprefix('conv.') if layer not in ('conv', 'norm') else layer
-            has_expansion = f'{place}.conv.inverted_conv.conv.weight' in state_dict
-            parts = {**_BLOCK_PARTS[has_expansion], **_SE_PARTS, 'conv': 'conv', 'norm': 'bn1'}
-            name = parts.get(layer)
-        timm_key = '.'.join(p for p in (block if block not in plain else '', name, kind) if p) if name is not None else ''
-        if timm_key in wanted:
-            renamed[timm_key] = tensor
+        layer, _, kind = key.rpartition('.')
+        name = f'{names.get(layer)}.{kind}'
+        if name in missing:
+            missing.remove(name)
+            renamed[name] = tensor
         else:
             unmatched.append(key)
-    if unmatched or set(wanted) - set(renamed):
-        missing = sorted(set(wanted) - set(renamed))
+    if unmatched or missing:
         raise ValueError(
-            f'The reference checkpoint does not fit {getattr(model, "pretrained_cfg", {}).get("architecture", "the model")}:'
-            f' unmatched keys {", ".join(unmatched[:3]) or "none"}; not in the file {", ".join(missing[:3]) or "none"}.'
+            f'The reference checkpoint does not fit {architecture}: unmatched keys'
+            f' {", ".join(unmatched[:3]) or "none"}; not in the file {", ".join(sorted(missing)[:3]) or "none"}.'
             f' Is it the checkpoint of another model?')
     return renamed
