@@ -394,7 +394,7 @@ def train_one_epoch(
                     meters.setdefault(key, AverageMeter()).update(value.item(), size)
             pending.clear()
             if not math.isfinite(meters['loss'].avg):
-                raise UserError(f'The loss is {meters["loss"].val} in epoch {epoch}, step {i}: try a lower learning rate.'
+                raise UserError(f'The loss is {meters["loss"].val} in epoch {epoch}, step {i}: try a lower rate.'
                                 f' The best checkpoint so far is untouched.')
             if primary:
                 lr = np.mean([group['lr'] for group in optimizer.param_groups])
@@ -418,14 +418,15 @@ def train_one_epoch(
 
 def write_provenance(args, parser, output_dir: str) -> None:
     """Write the resolved flags (as a config for -c) and the versions beside the results."""
-    flags = {a.dest: getattr(args, a.dest) for a in parser._actions
-             if getattr(args, a.dest, None) not in (None, []) and a.dest not in ('help', 'config', 'data', 'local_rank')}
+    left_out = ('help', 'config', 'data', 'local_rank')
+    flags = {a.dest: getattr(args, a.dest) for a in parser._actions if a.dest not in left_out}
+    flags = {k: v for k, v in flags.items() if v not in (None, [])}
     with open(os.path.join(output_dir, 'args.yaml'), 'w') as f:
         yaml.safe_dump(flags, f, sort_keys=True)
     try:
         here = os.path.dirname(os.path.abspath(__file__))
-        revision = subprocess.run(
-            ['git', 'describe', '--always', '--dirty'], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        git = ['git', 'describe', '--always', '--dirty']
+        revision = subprocess.run(git, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         revision = None
     versions = dict(
@@ -571,7 +572,7 @@ def main() -> None:
     evaluator = partial(task.create_evaluator, max_samples=evaluation_sample_limit(loader_eval))
     metrics: Dict[str, float] = {}
     for epoch in range(start_epoch, num_epochs):
-        # Every epoch starts from seed, rank and its own number, so that a resumed run draws what an undisturbed one does.
+        # Every epoch starts from seed, rank and its own number, so that a resumed run draws as an undisturbed one.
         random_seed(start_of_epoch_seed(args.seed, epoch), args.rank)
         for owner in (getattr(loader_train, 'dataset', None), getattr(loader_train, 'sampler', None)):
             if hasattr(owner, 'set_epoch'):

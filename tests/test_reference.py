@@ -34,7 +34,8 @@ def reference_names(model):
             if stage == 0:
                 convs = {'conv_dw': ('', 'depth_conv.conv'), 'bn1': ('', 'depth_conv.norm'),
                          'conv_pw': ('', 'point_conv.conv'), 'bn2': ('', 'point_conv.norm')}
-            convs.update({'se.conv_reduce': ('', 'se_layer.reduce_conv'), 'se.conv_expand': ('', 'se_layer.expand_conv')})
+            convs.update({'se.conv_reduce': ('', 'se_layer.reduce_conv'),
+                          'se.conv_expand': ('', 'se_layer.expand_conv')})
             if mobilenetv3 and stage == last:
                 names[key] = f'{place}.{"conv" if layer == "conv" else "norm"}.{kind}'
             else:

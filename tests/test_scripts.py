@@ -165,10 +165,12 @@ def test_reads_in_stock_timm(digits, tmp_path):
     """A checkpoint of any other model of the family opens where this package was never imported."""
     run_python('train.py', '--data-dir', digits, '--model', 'mobilenetv3_small_050', '--netaug', *SMALL, '--epochs', 1,
                '--output', tmp_path, '--experiment', 'run')
-    code = ("import sys, timm; m = timm.create_model('mobilenetv3_small_050', num_classes=10, checkpoint_path=sys.argv[1]);"
+    code = ('import sys, timm;'
+            " m = timm.create_model('mobilenetv3_small_050', num_classes=10, checkpoint_path=sys.argv[1]);"
             " assert 'timm_netaug' not in sys.modules; print(sum(p.numel() for p in m.parameters()))")
     done = run_python('-c', code, tmp_path / 'run/last.pth.tar', cwd=tmp_path)
-    assert int(done.stdout) == sum(p.numel() for p in timm.create_model('mobilenetv3_small_050', num_classes=10).parameters())
+    stock = timm.create_model('mobilenetv3_small_050', num_classes=10)
+    assert int(done.stdout) == sum(p.numel() for p in stock.parameters())
 
 
 def test_resume(run_dir, digits, tmp_path):
@@ -208,9 +210,9 @@ def test_starts_from_given_weights(netaug, digits, tmp_path):
 
 def test_everything_at_once_still_trains(digits, tmp_path):
     """Flags that meet in one step: accumulation over an uneven epoch, clipping, EMA, mixup, bfloat16, channels-last."""
-    run_python('train.py', '--data-dir', digits, '--model', 'netaug_mbv3_035', '--netaug', *SMALL, '-b', 128, '--epochs', 1,
-               '--grad-accum-steps', 4, '--clip-grad', 1.0, '--model-ema', '--mixup', 0.2, '--amp', '--amp-dtype',
-               'bfloat16', '--channels-last', '--opt', 'adamw', '--lr', 1e-3, '--drop', 0.1, '--drop-path', 0.1,
+    run_python('train.py', '--data-dir', digits, '--model', 'netaug_mbv3_035', '--netaug', *SMALL, '-b', 128,
+               '--epochs', 1, '--grad-accum-steps', 4, '--clip-grad', 1.0, '--model-ema', '--mixup', 0.2,
+               '--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--opt', 'adamw', '--lr', 1e-3, '--drop', 0.1, '--drop-path', 0.1,
                '--output', tmp_path, '--experiment', 'run')
     run_python('-m', 'timm_netaug.export', tmp_path / 'run/last.pth.tar', tmp_path / 'out', '--use-ema')
     assert timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True).num_classes == 10
@@ -252,8 +254,8 @@ def test_validate_reference_checkpoint(digits, tmp_path):
                           digits, '--num-classes', 10, '--img-size', 32, '-j', 0)
         results.append(json.loads(done.stdout[done.stdout.index('{'):])['loss'])
     assert results[0] == results[1]
-    done = run_python('validate.py', '--model', 'netaug_mcunet', '--checkpoint', tmp_path / 'official.pth', '--data-dir',
-                      digits, '--num-classes', 10, check=False)
+    done = run_python('validate.py', '--model', 'netaug_mcunet', '--checkpoint', tmp_path / 'official.pth',
+                      '--data-dir', digits, '--num-classes', 10, check=False)
     assert done.returncode == 1 and 'does not fit netaug_mcunet' in done.stderr and 'Traceback' not in done.stderr
 
 

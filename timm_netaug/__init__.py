@@ -1,4 +1,4 @@
-"""Network Augmentation (NetAug, arXiv 2110.08890) for tiny timm models. Importing it registers the `netaug_*` models."""
+"""Network Augmentation (NetAug, arXiv 2110.08890) for tiny timm models. Importing it registers `netaug_*`."""
 from . import tiny_models  # registers
 from .config import NetAugConfig
 from .export import export

@@ -88,7 +88,8 @@ def train_parser() -> argparse.ArgumentParser:
     _flag(group, '--netaug-width-mults', nargs='+', type=float, metavar='M',
           help="width multipliers; the model's defaults where not given")
     _flag(group, '--netaug-expand-mults', nargs='+', type=float, metavar='M', help='expansion multipliers, likewise')
-    _flag(group, '--netaug-divisor', type=int, metavar='N', help='round augmented widths to multiples of N (default: 1)')
+    _flag(group, '--netaug-divisor', type=int, metavar='N',
+          help='round augmented widths to multiples of N (default: 1)')
     _flag(group, '--netaug-alpha', type=float, metavar='W', help="weight of the augmented network's loss (default: 1)")
     _flag(group, '--netaug-stop-width-at', type=float, metavar='R',
           help='share of the epochs with augmented widths and sorting; 0 for short runs (default: 0.5)')
@@ -105,7 +106,8 @@ def train_parser() -> argparse.ArgumentParser:
     _switch(group, '--pretrained', help='start from the pretrained weights')
     _flag(group, '--pretrained-path', type=str, metavar='FILE',
           help='start from these weights (a reference .pth too); the head is replaced where its classes differ')
-    _flag(group, '--initial-checkpoint', type=str, default='', metavar='FILE', help='start from a checkpoint, head and all')
+    _flag(group, '--initial-checkpoint', type=str, default='', metavar='FILE',
+          help='start from a checkpoint, head and all')
     _flag(group, '--resume', type=str, default='', metavar='FILE', help='go on with the training of a checkpoint')
     _switch(group, '--no-resume-opt', help="resume without the optimizer's state")
     _flag(group, '-b', '--batch-size', type=int, default=128, metavar='N', help='images of a process in a step')
@@ -128,7 +130,8 @@ def train_parser() -> argparse.ArgumentParser:
     _flag(group, '--opt-eps', type=float, metavar='EPS', help="optimizer's epsilon")
     _flag(group, '--opt-betas', nargs='+', type=float, metavar='BETA', help="optimizer's betas")
     _flag(group, '--momentum', type=float, default=0.9, metavar='M', help='momentum')
-    _flag(group, '--weight-decay', type=float, default=2e-5, metavar='WD', help='weight decay, none on biases and norms')
+    _flag(group, '--weight-decay', type=float, default=2e-5, metavar='WD',
+          help='weight decay, none on biases and norms')
     _flag(group, '--clip-grad', type=float, metavar='NORM', help='clip gradients')
     _flag(group, '--clip-mode', type=str, default='norm', metavar='MODE', help='norm, value or agc')
     _flag(group, '--layer-decay', type=float, metavar='R', help='learning-rate factor from layer to layer')
@@ -245,7 +248,8 @@ def train_parser() -> argparse.ArgumentParser:
           help='how the choice moves')
     _flag(group, '--train-size-schedule-spread', type=float, default=0.65, metavar='STD', help='spread of progressive')
     _flag(group, '--train-size-random-mix', type=float, default=0.1, metavar='R', help='share of uniform choices')
-    _flag(group, '--train-batches-per-epoch', '--train-steps-per-epoch', type=int, metavar='N', help='batches of an epoch')
+    _flag(group, '--train-batches-per-epoch', '--train-steps-per-epoch', type=int, metavar='N',
+          help='batches of an epoch')
     _flag(group, '--variable-batch-loss-scale', type=str, default='none', choices=sizes, help='loss by batch size')
 
     group = parser.add_argument_group('NaFlex (sequences of patches)')
@@ -260,7 +264,8 @@ def train_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('Knowledge distillation')
     _flag(group, '--kd-model-name', type=str, metavar='NAME', help='teacher')
-    _flag(group, '--kd-distill-type', type=str, default='logit', choices=['logit', 'feature', 'token'], help='from what')
+    _flag(group, '--kd-distill-type', type=str, default='logit', choices=['logit', 'feature', 'token'],
+          help='from what')
     _flag(group, '--kd-loss-type', type=str, default='kl', metavar='NAME', help='loss')
     _flag(group, '--distill-loss-weight', type=float, metavar='W', help='its weight')
     _flag(group, '--task-loss-weight', type=float, metavar='W', help="the labels' weight")
@@ -280,7 +285,8 @@ def validate_parser() -> argparse.ArgumentParser:
     _flag(group, '--num-samples', type=int, metavar='N', help='samples of the split, for iterable sets')
 
     group = parser.add_argument_group('Model')
-    _flag(group, '--model', '-m', default='dpn92', metavar='NAME', help="timm model; a checkpoint of ours names its own")
+    _flag(group, '--model', '-m', default='dpn92', metavar='NAME',
+          help='timm model; a checkpoint of ours names its own')
     _switch(group, '--pretrained', help='use the pretrained weights')
     _flag(group, '--checkpoint', type=str, default='', metavar='FILE', help='checkpoint to evaluate')
     _switch(group, '--use-ema', help="use the checkpoint's EMA")
@@ -354,7 +360,13 @@ def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
     return positional + argv
 
 
-def _check_value(parser: argparse.ArgumentParser, action: argparse.Action, key: str, values: List[str], path: str) -> None:
+def _check_value(
+        parser: argparse.ArgumentParser,
+        action: argparse.Action,
+        key: str,
+        values: List[str],
+        path: str,
+) -> None:
     if isinstance(action, ParseKwargs):
         return
     try:
@@ -387,8 +399,8 @@ def netaug_config(args: argparse.Namespace) -> Optional[NetAugConfig]:
     Raises:
         UserError: A value is out of its range, or a NetAug flag stands without `--netaug`.
     """
-    fields = {k: getattr(args, f'netaug_{k}') for k in ('width_mults', 'expand_mults', 'divisor', 'alpha', 'stop_width_at')}
-    fields = {k: v for k, v in fields.items() if v is not None}
+    names = ('width_mults', 'expand_mults', 'divisor', 'alpha', 'stop_width_at')
+    fields = {k: getattr(args, f'netaug_{k}') for k in names if getattr(args, f'netaug_{k}') is not None}
     if args.netaug_no_sort:
         fields['sort'] = False
     if not args.netaug:
@@ -403,8 +415,9 @@ def netaug_config(args: argparse.Namespace) -> Optional[NetAugConfig]:
 
 # Not carried out yet -> refused when used, never ignored.
 _REFUSED = ('naflex_loader', 'kd_model_name', 'distill_loss_weight', 'task_loss_weight', 'kd_student_feature_dim',
-            'kd_teacher_feature_dim', 'train_img_sizes', 'train_batch_sizes', 'train_size_probs', 'fuser', 'torchscript',
-            'train_batches_per_epoch', 'naflex_patch_sizes', 'naflex_patch_size_probs', 'naflex_patchify_channels_first')
+            'kd_teacher_feature_dim', 'train_img_sizes', 'train_batch_sizes', 'train_size_probs', 'fuser',
+            'torchscript', 'train_batches_per_epoch', 'naflex_patch_sizes', 'naflex_patch_size_probs',
+            'naflex_patchify_channels_first')
 _REFUSED_IF_CHANGED = ('kd_distill_type', 'kd_loss_type', 'kd_temperature', 'kd_token_distill_type',
                        'train_size_schedule', 'train_size_schedule_spread', 'train_size_random_mix', 'sync_bn',
                        'variable_batch_loss_scale', 'naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_loss_scale')

@@ -1,4 +1,4 @@
-"""Checkpoints of `train.py`: written so that a kill leaves none torn, and read back without running anything in them."""
+"""Checkpoints of `train.py`: written so that a kill leaves none torn, and read without running anything in them."""
 import argparse
 import os
 import pickle

@@ -48,7 +48,8 @@ class NetAugConfig:
             if mults is None:
                 continue
             if not isinstance(mults, (tuple, list)) or not mults or not all(_is_number(m) and m >= 1 for m in mults):
-                raise ValueError(f'NetAugConfig.{name} must be a non-empty list of numbers of at least 1, got {mults!r}.')
+                raise ValueError(
+                    f'NetAugConfig.{name} must be a non-empty list of numbers of at least 1, got {mults!r}.')
             object.__setattr__(self, name, tuple(float(m) for m in mults))
         if isinstance(self.divisor, bool) or not isinstance(self.divisor, int) or self.divisor < 1:
             raise ValueError(f'NetAugConfig.divisor must be a whole number of at least 1, got {self.divisor!r}.')

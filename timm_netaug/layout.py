@@ -129,7 +129,7 @@ class _Tracer:
                 continue
             for dim, channels in axis.items():
                 if value.shape[dim] != channels.base:
-                    self.refuse(name, f'has a {tensor} of shape {tuple(value.shape)}, but reads {channels.base} channels')
+                    self.refuse(name, f'has a {tensor} of shape {tuple(value.shape)} for {channels.base} channels')
             self.layout.axes[f'{name}.{tensor}'] = axis
 
     def new(self, name: str, kind: str = 'width', source: Optional[Channels] = None) -> Channels:

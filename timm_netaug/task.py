@@ -52,7 +52,7 @@ class NetAugTask(ClassificationTask):
             verbose: bool = True,
     ):
         if not isinstance(unwrap_model(model), SuperNet):
-            raise ValueError(f'NetAugTask trains a super-network, got {type(model).__name__}: augment() the model first.')
+            raise ValueError(f'NetAugTask trains a super-network, got {type(model).__name__}: augment() it first.')
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.seed = seed
         self.expand_only = False
