@@ -5,6 +5,7 @@ The images are scikit-learn's handwritten digits, 1,797 real scans of 8 x 8 pixe
 can type yourself; each is shown before it runs.
 """
 import argparse
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -47,8 +48,9 @@ def main() -> None:
         sys.exit("demo.py: error: the digits come with scikit-learn: pip install -e '.[demo]'.")
     data = ['--data-dir', str(output / 'digits')]
     epochs = ['--epochs', str(args.epochs)] if args.epochs else []
-    run('train.py', '-c', RECIPE, *data, '--output', str(output), '--experiment', 'run', *epochs)
-    best = str(output / 'run' / 'model_best.pth.tar')
+    name = next(n for n in (f'run-{i}' for i in itertools.count(1)) if not (output / n).exists())
+    run('train.py', '-c', RECIPE, *data, '--output', str(output), '--experiment', name, *epochs)
+    best = str(output / name / 'model_best.pth.tar')
     run('-m', 'timm_netaug.export', best, str(output / 'model'))
     run('validate.py', '--model', f'local-dir:{output / "model"}', '--pretrained', *data, '-j', '0')
 

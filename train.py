@@ -36,7 +36,7 @@ from timm.data import (
     resolve_input_data_config,
 )
 from timm.layers import convert_splitbn_model, set_fast_norm
-from timm.models import load_state_dict, resolve_model_input_args, safe_model_name
+from timm.models import resolve_model_input_args, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask, evaluation_sample_limit, load_task_ema_checkpoint, resume_task_checkpoint
@@ -56,10 +56,9 @@ from timm.utils import (
 )
 
 import timm_netaug
-from timm_netaug.args import UserError, check_train_args, netaug_config, parse_args, train_parser
-from timm_netaug.checkpoint import AtomicSaver, describe_run, read_checkpoint
+from timm_netaug.args import UserError, check_model_name, check_train_args, netaug_config, parse_args, train_parser
+from timm_netaug.checkpoint import AtomicSaver, classes_in_file, describe_run, read_checkpoint
 from timm_netaug.evaluate import evaluate, progress_bar
-from timm_netaug.reference import is_reference
 
 _logger = logging.getLogger('train')
 
@@ -80,23 +79,12 @@ def set_up_device(args) -> torch.device:
     return device
 
 
-def classes_in_file(path: str, model_name: str) -> Optional[int]:
-    """Tell how many classes the weights in a file are for, None where they have no classifier that is known."""
-    try:
-        state_dict = load_state_dict(path)
-    except FileNotFoundError:
-        raise UserError(f'--pretrained-path: there is no file {path}.') from None
-    except Exception as e:
-        raise UserError(f'--pretrained-path: {path} can not be read as weights: {str(e).splitlines()[0]}') from e
-    if is_reference(state_dict):
-        return next((t.shape[0] for k, t in state_dict.items() if k.endswith('linear.bias')), None)
-    classifier = timm.models.get_pretrained_cfg(model_name).classifier
-    names = (classifier,) if isinstance(classifier, str) else classifier or ()
-    return next((state_dict[f'{n}.weight'].shape[0] for n in names if f'{n}.weight' in state_dict), None)
-
-
 def set_up_model(args) -> nn.Module:
     """Build the stock model, with whatever weights it starts from."""
+    check_model_name(args.model)
+    for flag in ('pretrained_path', 'initial_checkpoint'):
+        if getattr(args, flag) and not os.path.isfile(getattr(args, flag)):
+            raise UserError(f'--{flag.replace("_", "-")}: there is no file {getattr(args, flag)}.')
     pretrained, overlay = args.pretrained, {}
     if args.pretrained_path:
         pretrained = True
@@ -130,8 +118,9 @@ def set_up_model(args) -> nn.Module:
     except TypeError as e:
         raise UserError(f'{args.model} does not take one of the arguments given: {e}.') from e
     except (FileNotFoundError, RuntimeError, ValueError) as e:
-        why = str(e).strip() or f'there is no file {args.initial_checkpoint or args.pretrained_path}'
-        raise UserError(f'{args.model} can not be built: {" ".join(why.split())[:500]}') from e
+        hint = ' (--pretrained-path takes weights with another classifier, or of the reference implementation.)'
+        raise UserError(f'{args.model} can not be built: {" ".join(str(e).split())[:300]}'
+                        + (hint if args.initial_checkpoint else '')) from e
     if isinstance(model, timm_netaug.SuperNet):
         raise UserError('Use --netaug instead of --model-kwargs netaug=...')
     if args.grad_checkpointing:
@@ -179,6 +168,10 @@ def set_up_data(args, data_config: Dict[str, Any], device: torch.device, dtype) 
             args.dataset, split=args.val_split, is_training=False, num_samples=args.val_num_samples, **common)
     except (RuntimeError, FileNotFoundError, AssertionError) as e:
         raise UserError(f'The data set can not be opened: {e}') from e
+    folders = [getattr(getattr(d, 'reader', None), 'root', None) for d in (dataset_train, dataset_eval)]
+    if folders[0] is not None and folders[0] == folders[1] and args.train_split != args.val_split:
+        raise UserError(f'{args.data_dir} has no folders {args.train_split} and {args.val_split}, so both splits would be'
+                        f' the same images: name them with --train-split and --val-split.')
     names, eval_names = class_names(dataset_train), class_names(dataset_eval)
     if names and eval_names and names != eval_names:
         odd = sorted(set(names) ^ set(eval_names))
@@ -222,41 +215,44 @@ def set_up_data(args, data_config: Dict[str, Any], device: torch.device, dtype) 
         # Workers that live on would draw on where the last epoch ended, which a resumed run can not know.
         persistent_workers=False,
     )
-    loader_train = create_loader(
-        dataset_train,
-        batch_size=args.batch_size,
-        is_training=True,
-        no_aug=args.no_aug,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        re_split=args.resplit,
-        train_crop_mode=args.train_crop_mode,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        color_jitter_prob=args.color_jitter_prob,
-        grayscale_prob=args.grayscale_prob or 0.,
-        gaussian_blur_prob=args.gaussian_blur_prob or 0.,
-        auto_augment=args.aa,
-        num_aug_repeats=args.aug_repeats,
-        num_aug_splits=args.aug_splits,
-        interpolation=data_config['interpolation'] if args.no_aug else args.train_interpolation,
-        collate_fn=collate_fn,
-        use_multi_epochs_loader=args.use_multi_epochs_loader,
-        worker_seeding=args.worker_seeding,
-        **common,
-    )
-    loader_eval = create_loader(
-        dataset_eval,
-        batch_size=args.validation_batch_size or args.batch_size,
-        is_training=False,
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        **common,
-    )
+    try:
+        loader_train = create_loader(
+            dataset_train,
+            batch_size=args.batch_size,
+            is_training=True,
+            no_aug=args.no_aug,
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+            re_split=args.resplit,
+            train_crop_mode=args.train_crop_mode,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            vflip=args.vflip,
+            color_jitter=args.color_jitter,
+            color_jitter_prob=args.color_jitter_prob,
+            grayscale_prob=args.grayscale_prob or 0.,
+            gaussian_blur_prob=args.gaussian_blur_prob or 0.,
+            auto_augment=args.aa,
+            num_aug_repeats=args.aug_repeats,
+            num_aug_splits=args.aug_splits,
+            interpolation=data_config['interpolation'] if args.no_aug else args.train_interpolation,
+            collate_fn=collate_fn,
+            use_multi_epochs_loader=args.use_multi_epochs_loader,
+            worker_seeding=args.worker_seeding,
+            **common,
+        )
+        loader_eval = create_loader(
+            dataset_eval,
+            batch_size=args.validation_batch_size or args.batch_size,
+            is_training=False,
+            interpolation=data_config['interpolation'],
+            crop_pct=data_config['crop_pct'],
+            **common,
+        )
+    except (AssertionError, ValueError, TypeError) as e:
+        raise UserError(f'The loaders can not be built: {e}') from e
     if not len(loader_train):
         raise UserError(f'The train split has fewer images than a batch ({args.batch_size}): use a smaller -b.')
     return loader_train, loader_eval, mixup_fn, names
@@ -418,7 +414,7 @@ def train_one_epoch(
 
 def write_provenance(args, parser, output_dir: str) -> None:
     """Write the resolved flags (as a config for -c) and the versions beside the results."""
-    left_out = ('help', 'config', 'data', 'local_rank')
+    left_out = ('help', 'config', 'data', 'local_rank', 'resume', 'no_resume_opt')
     flags = {a.dest: getattr(args, a.dest) for a in parser._actions if a.dest not in left_out}
     flags = {k: v for k, v in flags.items() if v not in (None, [])}
     with open(os.path.join(output_dir, 'args.yaml'), 'w') as f:
@@ -440,6 +436,7 @@ def write_provenance(args, parser, output_dir: str) -> None:
     )
     with open(os.path.join(output_dir, 'versions.json'), 'w') as f:
         json.dump(versions, f, indent=2)
+        f.write('\n')
 
 
 def main() -> None:
@@ -534,12 +531,21 @@ def main() -> None:
         else:
             lr_scheduler.step(start_epoch)
 
+    if start_epoch >= num_epochs:
+        raise UserError(f'There is nothing to train: the run would start at epoch {start_epoch} of {num_epochs}.'
+                        f' Raise --epochs.')
+    if args.warmup_epochs >= num_epochs and primary:
+        _logger.warning(f'All {num_epochs} epochs are warm-up (--warmup-epochs {args.warmup_epochs}).')
+
     saver = output_dir = None
     if primary:
         name = args.experiment or '-'.join(
             [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
         output_dir = get_outdir(args.output or os.path.join('output', 'train'), name)
         summary = os.path.join(output_dir, 'summary.csv')
+        if start_epoch == 0 and os.path.exists(summary):
+            raise UserError(f'{output_dir} holds a run already: go on with it by --resume'
+                            f' {os.path.join(output_dir, "last.pth.tar")}, or choose another --experiment.')
         write_provenance(args, parser, output_dir)
         args.run = run  # travels in every checkpoint
         saver = AtomicSaver(
@@ -570,7 +576,7 @@ def main() -> None:
         evaluate, loader=loader_eval, device=device, dtype=dtype, autocast=autocast, channels_last=args.channels_last,
         tta=args.tta, log_interval=args.log_interval, distributed=args.distributed, primary=primary)
     evaluator = partial(task.create_evaluator, max_samples=evaluation_sample_limit(loader_eval))
-    metrics: Dict[str, float] = {}
+    metric = None  # the last one measured
     for epoch in range(start_epoch, num_epochs):
         # Every epoch starts from seed, rank and its own number, so that a resumed run draws as an undisturbed one.
         random_seed(start_of_epoch_seed(args.seed, epoch), args.rank)
@@ -593,14 +599,17 @@ def main() -> None:
                 if distribute:
                     distribute_bn(task.get_trainable_module(ema=True), args.world_size, args.dist_bn == 'reduce')
                 metrics = evaluate_(task.get_eval_model(ema=True), evaluator=evaluator(), description='Validate EMA')
+        metric = metrics.get(args.eval_metric, metric)
         if primary:
             lrs = [group['lr'] for group in optimizer.param_groups]
-            update_summary(epoch, train_metrics, metrics, summary, lr=sum(lrs) / len(lrs), log_wandb=args.log_wandb)
+            # An epoch without validation leaves its columns empty, not out.
+            row = metrics or dict.fromkeys(evaluator().metric_names, '')
+            update_summary(epoch, train_metrics, row, summary, lr=sum(lrs) / len(lrs), log_wandb=args.log_wandb)
             saver.save_checkpoint(epoch, metric=metrics.get(args.eval_metric))
             _logger.info(f'Epoch {epoch}: ' + '  '.join(
-                f'{k} {v:.4g}' for k, v in {**{f'train_{k}': v for k, v in train_metrics.items()}, **metrics}.items()))
+                f'{split}_{k} {v:.4g}' for split, m in (('train', train_metrics), ('eval', metrics)) for k, v in m.items()))
         if lr_scheduler is not None:
-            lr_scheduler.step(epoch + 1, metrics.get(args.eval_metric))
+            lr_scheduler.step(epoch + 1, metric)
 
     if primary and saver.best_metric is not None:
         best = os.path.join(output_dir, 'model_best.pth.tar')

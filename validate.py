@@ -23,8 +23,8 @@ from timm.task import ClassificationEvaluator
 from timm.utils import random_seed, setup_default_logging
 
 import timm_netaug
-from timm_netaug.args import UserError, check_validate_args, parse_args, validate_parser
-from timm_netaug.checkpoint import load_run, read_checkpoint
+from timm_netaug.args import UserError, check_model_name, check_validate_args, parse_args, validate_parser
+from timm_netaug.checkpoint import classes_in_file, load_run, read_checkpoint
 from timm_netaug.evaluate import evaluate
 
 _logger = logging.getLogger('validate')
@@ -33,6 +33,8 @@ _logger = logging.getLogger('validate')
 def set_up_model(args) -> Tuple[nn.Module, Dict[str, Any]]:
     """Build the model and tell how its input is to be made."""
     run = None
+    if args.checkpoint and not os.path.isfile(args.checkpoint):
+        raise UserError(f'There is no checkpoint {args.checkpoint}.')
     if args.checkpoint and not args.checkpoint.endswith('.safetensors'):
         run = getattr(read_checkpoint(args.checkpoint).get('args'), 'run', None)
     if run is not None:
@@ -41,6 +43,9 @@ def set_up_model(args) -> Tuple[nn.Module, Dict[str, Any]]:
         if flags.get('img_size') or flags.get('input_size'):
             run['data_config'].pop('input_size')
         return model, resolve_input_data_config(model, args={**run['data_config'], **flags})
+    check_model_name(args.model)
+    if args.checkpoint and args.num_classes is None:
+        args.num_classes = classes_in_file(args.checkpoint, args.model)
     try:
         model = create_model(
             pretrained=args.pretrained,
@@ -58,8 +63,8 @@ def set_up_model(args) -> Tuple[nn.Module, Dict[str, Any]]:
             state_dict = timm_netaug.checkpoint_filter_fn(load_state_dict(args.checkpoint, use_ema=args.use_ema), model)
             model.load_state_dict(state_dict)
     except (FileNotFoundError, RuntimeError, ValueError, TypeError) as e:
-        why = str(e).strip() or f'there is no file {args.checkpoint}'
-        raise UserError(f'{args.model} can not be loaded: {" ".join(why.split())[:500]}') from e
+        raise UserError(f'{args.model} can not be loaded (--model names the architecture):'
+                        f' {" ".join(str(e).split())[:300]}') from e
     return model, resolve_input_data_config(model, args=vars(args), use_test_size=not args.use_train_size)
 
 

@@ -44,8 +44,8 @@ def test_every_flag_of_timm(script, parser):
     (['--netaug', '--torchcompile'], '--torchcompile is not carried out together with --netaug'),
     (['--netaug', '--grad-checkpointing'], '--grad-checkpointing is not carried out together with --netaug'),
     (['--netaug-alpha', '2'], 'do nothing without --netaug'),
-    (['--netaug', '--netaug-divisor', '0'], 'divisor must be'),
-    (['--netaug', '--netaug-width-mults', '0.5'], 'width_mults must be'),
+    (['--netaug', '--netaug-divisor', '0'], '--netaug-divisor must be'),
+    (['--netaug', '--netaug-width-mults', '0.5'], '--netaug-width-mults must be'),
     (['--clip-mode', 'nrom'], '--clip-mode takes one of'),
     (['--batch-size', '0'], '--batch-size must be at least 1'),
     (['--bce-sum'], '--bce-sum does nothing without --bce-loss'),
@@ -212,20 +212,21 @@ def test_everything_at_once_still_trains(digits, tmp_path):
     """Flags that meet in one step: accumulation over an uneven epoch, clipping, EMA, mixup, bfloat16, channels-last."""
     run_python('train.py', '--data-dir', digits, '--model', 'netaug_mbv3_035', '--netaug', *SMALL, '-b', 128,
                '--epochs', 1, '--grad-accum-steps', 4, '--clip-grad', 1.0, '--model-ema', '--mixup', 0.2,
-               '--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--opt', 'adamw', '--lr', 1e-3, '--drop', 0.1, '--drop-path', 0.1,
-               '--output', tmp_path, '--experiment', 'run')
+               '--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--opt', 'adamw', '--lr', 1e-3, '--drop', 0.1,
+               '--drop-path', 0.1, '--output', tmp_path, '--experiment', 'run')
     run_python('-m', 'timm_netaug.export', tmp_path / 'run/last.pth.tar', tmp_path / 'out', '--use-ema')
     assert timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True).num_classes == 10
 
 
 @pytest.mark.parametrize('argv, said', [
-    (['--model', 'resnet18', '--netaug'], "the model itself, of type ResNet is not supported"),
+    (['--model', 'resnet18', '--netaug'], 'it is of type ResNet, which is not supported'),
     (['--model', 'netaug_mcunet', '--num-classes', 5], 'has 10 classes, the model 5: add --num-classes 10'),
-    (['--model', 'no_such_model'], 'Unknown model'),
+    (['--model', 'no_such_model'], 'Unknown model no_such_model; the nearest name is'),
     (['--model', 'netaug_mcunet', '--data-dir', '/no/such'], 'there is no folder /no/such'),
     (['--model', 'netaug_mcunet', '--pretrained'], 'No pretrained weights exist'),
     (['--model', 'netaug_mcunet', '--pretrained-path', '/no/such.pth'], 'there is no file /no/such.pth'),
     (['--model', 'netaug_mcunet', '--drop-block', 0.1], 'drop_block_rate'),
+    (['--model', 'netaug_mcunet.no_tag', '--pretrained'], 'Invalid pretrained tag'),
     (['--model', 'netaug_mcunet', '--resume', '/no/such.pth'], 'There is no checkpoint /no/such.pth'),
     (['--model', 'netaug_mcunet', '-b', 5000], 'fewer images than a batch'),
     (['--model', 'netaug_mcunet', '--device', 'cuda'], 'use --device cpu'),
@@ -279,3 +280,25 @@ def test_readme_names_real_flags():
 def test_recipe_of_the_first_command_is_plain_yaml():
     recipe = yaml.safe_load((ROOT / 'hfconfigs/netaug_mbv2_tiny.netaug_digits/train.yaml').read_text())
     assert recipe['model'] == 'netaug_mbv2_tiny' and recipe['netaug'] is True
+
+
+def test_epochs_without_validation(digits, tmp_path):
+    """The columns of summary.csv stay in place, and a schedule by metric goes on with the last one measured."""
+    run_python('train.py', '--data-dir', digits, '--model', 'netaug_mbv2_tiny', *SMALL, '--epochs', 3, '--val-interval', 2,
+               '--sched', 'plateau', '--lr', 0.01, '--output', tmp_path, '--experiment', 'run')
+    rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
+    assert [bool(r['eval_top1']) for r in rows] == [False, True, True]
+    assert all(float(r['lr']) == 0.01 and float(r['train_loss']) > 0 for r in rows)
+
+
+def test_nothing_is_lost(run_dir, digits, tmp_path):
+    """A finished run is not written over, a folder without splits is not validated on its own training images."""
+    before = (run_dir / 'summary.csv').read_text()
+    again = ['train.py', '-c', run_dir / 'args.yaml', '--output', run_dir.parent, '--experiment', run_dir.name]
+    done = run_python(*again, check=False)
+    assert done.returncode == 1 and 'holds a run already' in done.stderr
+    done = run_python(*again, '--resume', run_dir / 'last.pth.tar', check=False)
+    assert done.returncode == 1 and 'There is nothing to train' in done.stderr
+    assert (run_dir / 'summary.csv').read_text() == before
+    done = run_python('train.py', '--data-dir', digits / 'train', '--model', 'netaug_mcunet', *SMALL, check=False)
+    assert done.returncode == 1 and 'both splits would be the same images' in done.stderr

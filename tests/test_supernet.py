@@ -230,7 +230,7 @@ def broken(what):
 def test_refusals_name_the_module(what, module, kind):
     model = broken(what)
     before, types = snapshot(model), [type(m) for m in model.modules()]
-    with pytest.raises(ValueError, match=f"'{module}' of type {kind} .*Supported types: .*InvertedResidual"):
+    with pytest.raises(ValueError, match=f"'{module}' of type {kind}, which .*Supported types: .*InvertedResidual"):
         augment(model)
     assert_same_state(snapshot(model), before)
     assert [type(m) for m in model.modules()] == types

@@ -2,15 +2,17 @@
 import argparse
 import difflib
 import os
+import re
 from typing import Any, Dict, List, Optional, Sequence
 
 import yaml
+from timm.models import is_model, list_models
 from timm.utils import ParseKwargs
 
 from .config import NetAugConfig
 
-__all__ = ['UserError', 'train_parser', 'validate_parser', 'parse_args', 'check_train_args', 'check_validate_args',
-           'netaug_config']
+__all__ = ['UserError', 'train_parser', 'validate_parser', 'parse_args', 'check_model_name', 'check_train_args',
+           'check_validate_args', 'netaug_config']
 
 
 class UserError(ValueError):
@@ -410,7 +412,8 @@ def netaug_config(args: argparse.Namespace) -> Optional[NetAugConfig]:
     try:
         return NetAugConfig.from_dict(fields)
     except ValueError as e:
-        raise UserError(str(e)) from e
+        flag = re.sub(r'NetAugConfig\.(\w+)', lambda m: '--netaug-' + m[1].replace('_', '-'), str(e))
+        raise UserError(flag) from e
 
 
 # Not carried out yet -> refused when used, never ignored.
@@ -431,6 +434,17 @@ _CHOICES = {  # timm's parser takes any string here, and falls over it later
     'worker_seeding': ('all', 'part'),
     'eval_metric': ('top1', 'top5', 'loss'),
 }
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a name that neither timm nor this package registers, with the nearest one that is.
+
+    Raises:
+        UserError: One sentence with the nearest name.
+    """
+    if ':' not in name and not is_model(name):
+        near = difflib.get_close_matches(name.split('.')[0], list_models(), 1, 0)
+        raise UserError(f'Unknown model {name}; the nearest name is {near[0]}.')
 
 
 def _given(parser: argparse.ArgumentParser, args: argparse.Namespace, dests: Sequence[str]) -> Dict[str, str]:

@@ -3,16 +3,17 @@ import argparse
 import os
 import pickle
 import shutil
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch.nn as nn
 from timm import create_model
-from timm.models import clean_state_dict
+from timm.models import clean_state_dict, get_pretrained_cfg, load_state_dict
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
 
 from .args import UserError
+from .reference import is_reference
 
-__all__ = ['AtomicSaver', 'describe_run', 'read_checkpoint', 'load_run']
+__all__ = ['AtomicSaver', 'describe_run', 'read_checkpoint', 'load_run', 'classes_in_file']
 
 
 def _flush(path: str) -> None:
@@ -65,7 +66,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     try:
         checkpoint = load_checkpoint_metadata(path)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as e:
-        raise UserError(f'{path} can not be read as a checkpoint: {str(e).splitlines()[0]}') from e
+        raise UserError(f'{path} is not a checkpoint that PyTorch can read safely.') from e
     if not isinstance(checkpoint, dict):
         raise UserError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint.')
     return checkpoint
@@ -94,3 +95,21 @@ def load_run(path: str, use_ema: bool = False) -> Tuple[nn.Module, Dict[str, Any
     model = create_model(run['architecture'], **run['model_args'])
     model.load_state_dict(clean_state_dict(checkpoint[key]))
     return model.eval(), run, checkpoint
+
+
+def classes_in_file(path: str, model_name: str) -> Optional[int]:
+    """Tell how many classes the weights in a file are for, None where they have no classifier that is known.
+
+    Raises:
+        UserError: The file can not be read as weights, or the model's tag does not exist.
+    """
+    try:
+        state_dict = load_state_dict(path)
+        cfg = get_pretrained_cfg(model_name)
+    except Exception as e:  # whatever torch, pickle or safetensors find wrong in a file
+        raise UserError(f'{path} can not be read as weights of {model_name}: {str(e).splitlines()[0]}') from e
+    if is_reference(state_dict):
+        return next((t.shape[0] for k, t in state_dict.items() if k.endswith('linear.bias')), None)
+    classifier = getattr(cfg, 'classifier', None)
+    names = (classifier,) if isinstance(classifier, str) else classifier or ()
+    return next((state_dict[f'{n}.weight'].shape[0] for n in names if f'{n}.weight' in state_dict), None)

@@ -61,7 +61,7 @@ def evaluate(
         if primary and (i == last or i % log_interval == 0):
             line = '  '.join(f'{k} {v:.4g}' for k, v in evaluator.summary().items())
             if bar.disable:
-                _logger.info(f'{description} [{i + 1}/{last + 1}]  {line}')
+                _logger.info(f'{description} [{i + 1}/{last + 1}]  so far: {line}')
             else:
                 bar.set_postfix_str(line)
     return evaluator.compute(distributed=distributed)

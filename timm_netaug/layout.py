@@ -108,9 +108,9 @@ class _Tracer:
 
     def refuse(self, name: str, why: str = 'is not supported') -> NoReturn:
         supported = dict.fromkeys(t.__name__ for t in (*_MODELS, *_BLOCKS, nn.Conv2d, *_LAYERS, nn.Linear))
-        what = f"module '{name}'" if name else 'the model itself,'
+        what = f"module '{name}' of type" if name else 'it is of type'
         raise ValueError(
-            f'NetAug can not augment this model: {what} of type {type(self.model.get_submodule(name)).__name__} {why}.'
+            f'NetAug can not augment this model: {what} {type(self.model.get_submodule(name)).__name__}, which {why}.'
             f' Supported types: {", ".join(supported)}.')
 
     def get(self, name: str, *types: type) -> nn.Module:

@@ -262,8 +262,11 @@ def augment(model: nn.Module, config: Optional[NetAugConfig] = None) -> SuperNet
         config: What to augment, None for the defaults.
 
     Raises:
-        ValueError: A module is not supported; the message names it, its type, and the supported types.
+        ValueError: A module is not supported; the message names it, its type, and the supported types. Or the config
+            is not a `NetAugConfig`.
     """
+    if config is not None and not isinstance(config, NetAugConfig):
+        raise ValueError(f'augment() takes a NetAugConfig, got {config!r}: build one with NetAugConfig.from_dict().')
     layout = trace(model)
     config = (config or NetAugConfig()).resolve(getattr(model, 'pretrained_cfg', {}).get('architecture', ''))
     max_widths = layout.widths(
@@ -304,6 +307,8 @@ def augment(model: nn.Module, config: Optional[NetAugConfig] = None) -> SuperNet
 @torch.no_grad()
 def slice_stock(supernet: SuperNet, widths: Optional[Mapping[str, int]] = None) -> nn.Module:
     """Copy a sub-network out of a super-network, as a stock timm model. See `timm_netaug.export.export`."""
+    if not isinstance(supernet, SuperNet):
+        raise ValueError(f'Only a super-network can be exported, got {type(supernet).__name__}.')
     layout = supernet.layout
     widths = layout.tiny if widths is None else supernet.check_widths(widths)
     tensors = {

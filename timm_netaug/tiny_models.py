@@ -119,6 +119,8 @@ def _create(
     )
     if netaug is None or netaug is False:
         return model
+    if netaug is not True and not isinstance(netaug, (Mapping, NetAugConfig)):
+        raise ValueError(f'netaug must be True, a dict of NetAugConfig fields, or a NetAugConfig, got {netaug!r}.')
     if not isinstance(netaug, NetAugConfig):
         netaug = NetAugConfig() if netaug is True else NetAugConfig.from_dict(netaug)
     return augment(model, netaug)

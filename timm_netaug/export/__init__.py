@@ -23,7 +23,7 @@ def export(supernet: SuperNet, widths: Optional[Mapping[str, int]] = None) -> nn
         A stock timm model with the super-network's memory format, dtype, device and training mode.
 
     Raises:
-        ValueError: The widths are not of this super-network.
+        ValueError: It is no super-network, or the widths are not of it.
     """
     return slice_stock(supernet, widths)
 
@@ -45,7 +45,7 @@ def export_folder(model: nn.Module, out_dir: Union[str, Path], run: Mapping[str,
             model_config=dict(
                 label_names=run['class_names'],
                 # What timm's config says of the pretrained weights it knows is not true of these.
-                pretrained_cfg=dict(tag=None),
+                pretrained_cfg=dict(tag=None, license=None, origin_url=None, paper_ids=None),
             ),
             model_args=run['model_args'],
             data_config=run['data_config'],
