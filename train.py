@@ -170,8 +170,8 @@ def set_up_data(args, data_config: Dict[str, Any], device: torch.device, dtype) 
         raise UserError(f'The data set can not be opened: {e}') from e
     folders = [getattr(getattr(d, 'reader', None), 'root', None) for d in (dataset_train, dataset_eval)]
     if folders[0] is not None and folders[0] == folders[1] and args.train_split != args.val_split:
-        raise UserError(f'{args.data_dir} has no folders {args.train_split} and {args.val_split}, so both splits would be'
-                        f' the same images: name them with --train-split and --val-split.')
+        raise UserError(f'{args.data_dir} has no folders {args.train_split} and {args.val_split}, so both splits would'
+                        f' be the same images: name them with --train-split and --val-split.')
     names, eval_names = class_names(dataset_train), class_names(dataset_eval)
     if names and eval_names and names != eval_names:
         odd = sorted(set(names) ^ set(eval_names))
@@ -607,7 +607,8 @@ def main() -> None:
             update_summary(epoch, train_metrics, row, summary, lr=sum(lrs) / len(lrs), log_wandb=args.log_wandb)
             saver.save_checkpoint(epoch, metric=metrics.get(args.eval_metric))
             _logger.info(f'Epoch {epoch}: ' + '  '.join(
-                f'{split}_{k} {v:.4g}' for split, m in (('train', train_metrics), ('eval', metrics)) for k, v in m.items()))
+                f'{split}_{k} {v:.4g}'
+                for split, values in (('train', train_metrics), ('eval', metrics)) for k, v in values.items()))
         if lr_scheduler is not None:
             lr_scheduler.step(epoch + 1, metric)
 

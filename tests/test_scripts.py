@@ -284,8 +284,8 @@ def test_recipe_of_the_first_command_is_plain_yaml():
 
 def test_epochs_without_validation(digits, tmp_path):
     """The columns of summary.csv stay in place, and a schedule by metric goes on with the last one measured."""
-    run_python('train.py', '--data-dir', digits, '--model', 'netaug_mbv2_tiny', *SMALL, '--epochs', 3, '--val-interval', 2,
-               '--sched', 'plateau', '--lr', 0.01, '--output', tmp_path, '--experiment', 'run')
+    run_python('train.py', '--data-dir', digits, '--model', 'netaug_mbv2_tiny', *SMALL, '--epochs', 3,
+               '--val-interval', 2, '--sched', 'plateau', '--lr', 0.01, '--output', tmp_path, '--experiment', 'run')
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert [bool(r['eval_top1']) for r in rows] == [False, True, True]
     assert all(float(r['lr']) == 0.01 and float(r['train_loss']) > 0 for r in rows)
