@@ -58,6 +58,7 @@ from timm.utils import (
 import timm_netaug
 from timm_netaug.args import UserError, check_model_name, check_train_args, netaug_config, parse_args, train_parser
 from timm_netaug.checkpoint import AtomicSaver, classes_in_file, describe_run, read_checkpoint
+from timm_netaug.data import check_dataset_name, check_split, class_names
 from timm_netaug.evaluate import evaluate, progress_bar
 
 _logger = logging.getLogger('train')
@@ -66,13 +67,16 @@ _logger = logging.getLogger('train')
 def set_up_device(args) -> torch.device:
     """Choose the device and join the other processes; the CPU stands in for a GPU that nobody asked for."""
     if args.device == 'cuda' and not torch.cuda.is_available():
-        if '--device' in sys.argv or any(a.startswith('--device=') for a in sys.argv):
+        if args.device_given:
             raise UserError('--device cuda was asked for, but PyTorch finds no GPU here: use --device cpu.')
         args.device = 'cpu'
         _logger.info('No GPU found: training on the CPU.')
-    for name in args.device_modules or ():
-        importlib.import_module(name)
-    device = init_distributed_device(args)
+    try:
+        for name in args.device_modules or ():
+            importlib.import_module(name)
+        device = init_distributed_device(args)
+    except (ImportError, RuntimeError, AssertionError) as e:
+        raise UserError(f'--device {args.device} can not be used: {str(e).splitlines()[0]}') from e
     if device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -117,7 +121,7 @@ def set_up_model(args) -> nn.Module:
         )
     except TypeError as e:
         raise UserError(f'{args.model} does not take one of the arguments given: {e}.') from e
-    except (FileNotFoundError, RuntimeError, ValueError) as e:
+    except (FileNotFoundError, RuntimeError, ValueError, AssertionError) as e:
         hint = ' (--pretrained-path takes weights with another classifier, or of the reference implementation.)'
         raise UserError(f'{args.model} can not be built: {" ".join(str(e).split())[:300]}'
                         + (hint if args.initial_checkpoint else '')) from e
@@ -139,14 +143,9 @@ def set_up_head(args, model: nn.Module) -> None:
         nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
 
 
-def class_names(dataset) -> Optional[List[str]]:
-    """Return the names of a data set's classes in label order, None where it has none."""
-    index = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
-    return [str(name) for name in sorted(index, key=index.get)] if index else None
-
-
 def set_up_data(args, data_config: Dict[str, Any], device: torch.device, dtype) -> Tuple[Any, Any, Any, Any]:
     """Build both loaders; returns them with the mixup function (or None) and the names of the classes (or None)."""
+    check_dataset_name(args.dataset)
     if args.data_dir and not args.dataset and not os.path.isdir(args.data_dir):
         raise UserError(f'--data-dir: there is no folder {args.data_dir}.')
     common = dict(
@@ -168,10 +167,8 @@ def set_up_data(args, data_config: Dict[str, Any], device: torch.device, dtype) 
             args.dataset, split=args.val_split, is_training=False, num_samples=args.val_num_samples, **common)
     except (RuntimeError, FileNotFoundError, AssertionError) as e:
         raise UserError(f'The data set can not be opened: {e}') from e
-    folders = [getattr(getattr(d, 'reader', None), 'root', None) for d in (dataset_train, dataset_eval)]
-    if folders[0] is not None and folders[0] == folders[1] and args.train_split != args.val_split:
-        raise UserError(f'{args.data_dir} has no folders {args.train_split} and {args.val_split}, so both splits would'
-                        f' be the same images: name them with --train-split and --val-split.')
+    check_split(dataset_train, args.data_dir, args.train_split)
+    check_split(dataset_eval, args.data_dir, args.val_split)
     names, eval_names = class_names(dataset_train), class_names(dataset_eval)
     if names and eval_names and names != eval_names:
         odd = sorted(set(names) ^ set(eval_names))
@@ -249,6 +246,7 @@ def set_up_data(args, data_config: Dict[str, Any], device: torch.device, dtype) 
             is_training=False,
             interpolation=data_config['interpolation'],
             crop_pct=data_config['crop_pct'],
+            crop_mode=data_config['crop_mode'],
             **common,
         )
     except (AssertionError, ValueError, TypeError) as e:
@@ -294,6 +292,15 @@ def check_resume(args, run: Dict[str, Any]) -> None:
     for key in ('architecture', 'model_args'):
         if there[key] != run[key]:
             raise UserError(f'--resume: {args.resume} has the {key} {there[key]}, this run {run[key]}.')
+
+
+def check_resumed_training(args, run: Dict[str, Any]) -> None:
+    saved = read_checkpoint(args.resume)['args']
+    if bool(saved.run.get('netaug')) != bool(run.get('netaug')):
+        raise UserError(f'--resume: {args.resume} was trained with{"" if saved.run.get("netaug") else "out"} --netaug.')
+    if saved.opt != args.opt and not args.no_resume_opt:
+        raise UserError(f'--resume: {args.resume} was trained with --opt {saved.opt}: take the same, or start the'
+                        f' optimizer anew with --no-resume-opt.')
 
 
 def start_of_epoch_seed(seed: int, epoch: int) -> int:
@@ -414,7 +421,9 @@ def train_one_epoch(
 
 def write_provenance(args, parser, output_dir: str) -> None:
     """Write the resolved flags (as a config for -c) and the versions beside the results."""
-    left_out = ('help', 'config', 'data', 'local_rank', 'resume', 'no_resume_opt')
+    left_out = ['help', 'config', 'data', 'local_rank', 'resume', 'no_resume_opt']
+    if not args.device_given:  # what stood in for it here need not be right elsewhere
+        left_out.append('device')
     flags = {a.dest: getattr(args, a.dest) for a in parser._actions if a.dest not in left_out}
     flags = {k: v for k, v in flags.items() if v not in (None, [])}
     with open(os.path.join(output_dir, 'args.yaml'), 'w') as f:
@@ -456,9 +465,13 @@ def main() -> None:
         set_fast_norm()
 
     model = set_up_model(args)
-    data_config = resolve_input_data_config(model, args=vars(args))
+    try:
+        data_config = resolve_input_data_config(model, args=vars(args))
+    except (ValueError, AssertionError) as e:
+        raise UserError(f'The input can not be set up: {e}') from e
     loader_train, loader_eval, mixup_fn, names = set_up_data(args, data_config, device, dtype)
     run = describe_run(model, data_config, names)
+    run['ema'] = args.model_ema and not args.model_ema_force_cpu  # then the metric is that of the moving average
     if config is not None:
         try:
             model = timm_netaug.augment(model, config)
@@ -492,6 +505,7 @@ def main() -> None:
     resume_epoch = None
     if args.resume:
         check_resume(args, run)
+        check_resumed_training(args, run)
         try:
             resume_epoch = resume_task_checkpoint(
                 task,
@@ -574,7 +588,7 @@ def main() -> None:
 
     evaluate_ = partial(
         evaluate, loader=loader_eval, device=device, dtype=dtype, autocast=autocast, channels_last=args.channels_last,
-        tta=args.tta, log_interval=args.log_interval, distributed=args.distributed, primary=primary)
+        log_interval=args.log_interval, distributed=args.distributed, primary=primary)
     evaluator = partial(task.create_evaluator, max_samples=evaluation_sample_limit(loader_eval))
     metric = None  # the last one measured
     for epoch in range(start_epoch, num_epochs):
@@ -584,7 +598,10 @@ def main() -> None:
             if hasattr(owner, 'set_epoch'):
                 owner.set_epoch(epoch)
         if args.netaug:
-            task.start_epoch(epoch, num_epochs, optimizer)
+            try:
+                task.start_epoch(epoch, num_epochs, optimizer)
+            except ValueError as e:
+                raise UserError(f'{e} On the command line that is --netaug-no-sort.') from e
         train_metrics = train_one_epoch(
             epoch, task, loader_train, optimizer, args, device, dtype, autocast, loss_scaler, lr_scheduler, mixup_fn,
             saver, updates_per_epoch)
@@ -615,7 +632,7 @@ def main() -> None:
     if primary and saver.best_metric is not None:
         best = os.path.join(output_dir, 'model_best.pth.tar')
         loading = [f"'{run['architecture']}'", f"checkpoint_path='{best}'"] + [
-            f'{k}={v!r}' for k, v in run['model_args'].items() if k in ('num_classes', 'in_chans', 'global_pool')]
+            f'{k}={v!r}' for k, v in run['model_args'].items() if v or not k.startswith('drop')]
         print(f'\nBest {args.eval_metric}: {saver.best_metric:.2f} (epoch {saver.best_epoch}).'
               f' The checkpoint {best} is a stock timm model:\n\n    import timm, timm_netaug\n'
               f'    model = timm.create_model({", ".join(loading)})\n')
@@ -624,5 +641,5 @@ def main() -> None:
 if __name__ == '__main__':
     try:
         main()
-    except UserError as e:
+    except (UserError, OSError) as e:
         sys.exit(f'train.py: error: {e}')

@@ -10,7 +10,7 @@ import os
 import sys
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
@@ -25,30 +25,42 @@ from timm.utils import random_seed, setup_default_logging
 import timm_netaug
 from timm_netaug.args import UserError, check_model_name, check_validate_args, parse_args, validate_parser
 from timm_netaug.checkpoint import classes_in_file, load_run, read_checkpoint
+from timm_netaug.data import check_dataset_name, check_split, class_names
 from timm_netaug.evaluate import evaluate
 
 _logger = logging.getLogger('validate')
 
 
-def set_up_model(args) -> Tuple[nn.Module, Dict[str, Any]]:
-    """Build the model and tell how its input is to be made."""
+def set_up_model(args, parser) -> Tuple[nn.Module, Dict[str, Any], Optional[List[str]]]:
+    """Build the model; returns it with how its input is made and, where known, the names of its classes."""
     run = None
     if args.checkpoint and not os.path.isfile(args.checkpoint):
         raise UserError(f'There is no checkpoint {args.checkpoint}.')
-    if args.checkpoint and not args.checkpoint.endswith('.safetensors'):
-        run = getattr(read_checkpoint(args.checkpoint).get('args'), 'run', None)
+    if args.checkpoint:
+        try:
+            run = getattr(read_checkpoint(args.checkpoint).get('args'), 'run', None)
+        except UserError:
+            pass  # weights in another format: loading them tells whether they are any
     if run is not None:
-        model, run, _ = load_run(args.checkpoint, args.use_ema)
-        flags = {k: v for k, v in vars(args).items() if v not in (None, '')}
+        own = dict(model=run['architecture'], pretrained=False, gp=run['model_args'].get('global_pool'),
+                   num_classes=run['model_args']['num_classes'], in_chans=run['model_args'].get('in_chans'),
+                   model_kwargs={})
+        for dest, value in own.items():
+            if getattr(args, dest) not in (parser.get_default(dest), value):
+                raise UserError(f'--{dest.replace("_", "-")}: the checkpoint is of a model of its own,'
+                                f' {run["architecture"]} with {run["model_args"]}. Leave the flag out.')
+        model, run, _ = load_run(args.checkpoint, args.use_ema or None)
+        flags = {k: v for k, v in vars(args).items() if v not in (None, '', {})}
         if flags.get('img_size') or flags.get('input_size'):
             run['data_config'].pop('input_size')
-        return model, resolve_input_data_config(model, args={**run['data_config'], **flags})
+        data_config = resolve_input_data_config(model, args={**run['data_config'], **flags})
+        return model, data_config, run['class_names']
     check_model_name(args.model)
     if args.checkpoint and args.num_classes is None:
         args.num_classes = classes_in_file(args.checkpoint, args.model)
     try:
         model = create_model(
-            pretrained=args.pretrained,
+            pretrained=args.pretrained or not args.checkpoint,
             **resolve_model_input_args(
                 args.model,
                 vars(args),
@@ -65,7 +77,8 @@ def set_up_model(args) -> Tuple[nn.Module, Dict[str, Any]]:
     except (FileNotFoundError, RuntimeError, ValueError, TypeError) as e:
         raise UserError(f'{args.model} can not be loaded (--model names the architecture):'
                         f' {" ".join(str(e).split())[:300]}') from e
-    return model, resolve_input_data_config(model, args=vars(args), use_test_size=not args.use_train_size)
+    data_config = resolve_input_data_config(model, args=vars(args), use_test_size=not args.use_train_size)
+    return model, data_config, model.pretrained_cfg.get('label_names')
 
 
 def main() -> None:
@@ -76,7 +89,7 @@ def main() -> None:
     check_validate_args(parser, args)
     random_seed(args.seed, 0)
     if args.device == 'cuda' and not torch.cuda.is_available():
-        if any(a == '--device' or a.startswith('--device=') for a in sys.argv):
+        if args.device_given:
             raise UserError('--device cuda was asked for, but PyTorch finds no GPU here: use --device cpu.')
         _logger.info('No GPU found: evaluating on the CPU.')
         args.device = 'cpu'
@@ -84,29 +97,38 @@ def main() -> None:
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
     if args.fast_norm:
         set_fast_norm()
-    model, data_config = set_up_model(args)
+    model, data_config, names = set_up_model(args, parser)
     model = model.to(device=device, dtype=dtype)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    check_dataset_name(args.dataset)
     if args.data_dir and not args.dataset and not os.path.isdir(args.data_dir):
         raise UserError(f'--data-dir: there is no folder {args.data_dir}.')
+    open_dataset = partial(
+        create_dataset,
+        args.dataset,
+        root=args.data_dir,
+        split=args.split,
+        download=args.dataset_download,
+        num_samples=args.num_samples,
+        input_img_mode=args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L'),
+        input_key=args.input_key,
+        target_key=args.target_key,
+        trust_remote_code=args.dataset_trust_remote_code,
+    )
     try:
-        dataset = create_dataset(
-            args.dataset,
-            root=args.data_dir,
-            split=args.split,
-            download=args.dataset_download,
-            class_map=args.class_map,
-            num_samples=args.num_samples,
-            input_img_mode=args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L'),
-            input_key=args.input_key,
-            target_key=args.target_key,
-            trust_remote_code=args.dataset_trust_remote_code,
-        )
+        dataset = open_dataset(class_map=args.class_map)
     except (RuntimeError, FileNotFoundError, AssertionError) as e:
         raise UserError(f'The data set can not be opened: {e}') from e
-    classes = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or ()
-    if len(classes) > model.num_classes:
+    check_split(dataset, args.data_dir, args.split, required=False)
+    classes = class_names(dataset)
+    if names and classes and classes != list(names) and not args.class_map:
+        # Fewer classes than the model's would be counted from 0 again, and every label be wrong.
+        unknown = sorted(set(classes) - set(names))
+        if unknown:
+            raise UserError(f'The data set has classes that the model does not know: {", ".join(unknown[:5])}.')
+        dataset = open_dataset(class_map={name: i for i, name in enumerate(names)})
+    if classes and len(classes) > model.num_classes:
         raise UserError(f'The data set has {len(classes)} classes, the model {model.num_classes}.')
     loader = create_loader(
         dataset,
@@ -155,5 +177,5 @@ def main() -> None:
 if __name__ == '__main__':
     try:
         main()
-    except UserError as e:
+    except (UserError, OSError) as e:
         sys.exit(f'validate.py: error: {e}')

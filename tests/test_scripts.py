@@ -1,8 +1,10 @@
 """train.py, validate.py and export as a user runs them."""
 import csv
 import json
+import re
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -49,6 +51,10 @@ def test_every_flag_of_timm(script, parser):
     (['--clip-mode', 'nrom'], '--clip-mode takes one of'),
     (['--batch-size', '0'], '--batch-size must be at least 1'),
     (['--bce-sum'], '--bce-sum does nothing without --bce-loss'),
+    (['--tta', '2'], '--tta is not carried out yet'),
+    (['--model-ema-decay', '0.5'], '--model-ema-decay does nothing without --model-ema'),
+    (['--scale', '0.5'], '--scale takes two numbers'),
+    (['--interpolation', 'cubic'], '--interpolation takes one of'),
     (['--model-ema-warmup'], '--model-ema-warmup does nothing without --model-ema'),
 ])
 def test_refused_by_name(argv, said):
@@ -69,7 +75,7 @@ def test_every_flag_is_read_or_refused():
         'warmup_prefix', 'cooldown_epochs', 'patience_epochs', 'decay_rate', 'img_size', 'input_size', 'mean', 'std',
         'crop_pct', 'interpolation'}
     dests = [a.dest for a in train_parser()._actions if a.dest not in ('help', 'config')]
-    unread = [d for d in dests if f'args.{d}' not in code and f"'{d}'" not in code and not d.startswith('netaug_')]
+    unread = [d for d in dests if not re.search(rf"args\.{d}\b|'{d}'", code) and not d.startswith('netaug_')]
     assert len(dests) > 170 and set(unread) <= by_timm
 
 
@@ -82,6 +88,8 @@ def test_every_flag_is_read_or_refused():
     ('batch_size: 1.5', "'batch_size'.*invalid int"),
     ('input_size: [3, 32]', "'input_size'.*expected 3"),
     ('- lr', 'must map flags to values'),
+    ('lr: 0.1\nlr: 0.2', "'lr' stands there twice"),
+    ('batch-size: 1\nbatch_size: 2', "'batch_size' stands there twice"),
     ('lr: [', 'Can not read the config'),
 ])
 def test_strict_yaml(text, said, tmp_path):
@@ -271,7 +279,6 @@ def test_readme_loop():
 
 def test_readme_names_real_flags():
     text = (ROOT / 'README.md').read_text()
-    import re
     known = {s for p in (train_parser(), validate_parser()) for a in p._actions for s in a.option_strings}
     flags = set(re.findall(r'(?<![\w-])(--[a-z][a-z0-9-]+)', text)) - {'--use-ema', '--output'}
     assert flags and flags <= known, flags - known
@@ -301,4 +308,47 @@ def test_nothing_is_lost(run_dir, digits, tmp_path):
     assert done.returncode == 1 and 'There is nothing to train' in done.stderr
     assert (run_dir / 'summary.csv').read_text() == before
     done = run_python('train.py', '--data-dir', digits / 'train', '--model', 'netaug_mcunet', *SMALL, check=False)
-    assert done.returncode == 1 and 'both splits would be the same images' in done.stderr
+    assert done.returncode == 1 and f'There is no folder {digits / "train" / "train"}' in done.stderr
+
+
+def test_validate_knows_the_run(run_dir, digits, tmp_path):
+    """A subset of the classes keeps its labels; unknown classes and flags against the checkpoint are refused."""
+    for folder, names in (('some', '379'), ('odd', '3x')):
+        for name in names:
+            (tmp_path / folder / name).parent.mkdir(exist_ok=True)
+            (tmp_path / folder / name).symlink_to(digits / 'validation' / (name if name != 'x' else '4'))
+    source = ['validate.py', '--checkpoint', run_dir / 'last.pth.tar', '-j', 0, '--data-dir']
+    done = run_python(*source, tmp_path / 'some')
+    got = json.loads(done.stdout[done.stdout.index('{'):])
+    model = timm.create_model('netaug_mbv2_tiny', num_classes=10, checkpoint_path=str(run_dir / 'last.pth.tar')).eval()
+    from PIL import Image
+    files = [(f, int(n)) for n in '379' for f in sorted((digits / 'validation' / n).glob('*.png'))]
+    with torch.no_grad():
+        x = torch.stack([torch.tensor(np.array(Image.open(f))).permute(2, 0, 1) for f, _ in files])
+        top1 = (model((x / 255 - 0.3) / 0.35).argmax(1) == torch.tensor([n for _, n in files])).float().mean().item()
+    assert got['images'] == len(files) and got['top1'] == pytest.approx(100 * top1, abs=1e-3)
+    for argv, said in (([tmp_path / 'odd'], 'does not know: x'), ([digits, '--num-classes', 5], '--num-classes: the'),
+                       ([digits, '--split', 'none'], 'There is no folder')):
+        done = run_python(*source, *argv, check=False)
+        assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_printed_line_loads_the_model(digits, tmp_path):
+    """With every argument of the constructor that the run was given, and the weights that were validated."""
+    done = run_python(
+        'train.py', '--data-dir', digits, '--model', 'netaug_mcunet', *SMALL, '--epochs', 1, '--bn-eps', 0.1,
+        '--model-ema', '--output', tmp_path, '--experiment', 'run')
+    scope = {}
+    exec('\n'.join(line.strip() for line in done.stdout.split('\n\n')[1].splitlines()), scope)
+    from timm_netaug.checkpoint import load_run
+    model, run, _ = load_run(str(tmp_path / 'run/model_best.pth.tar'))
+    assert run['ema'] and torch.equal(scope['model'].eval()(images(2, 32)), model(images(2, 32)))
+    assert scope['model'].bn1.eps == 0.1
+
+
+def test_resume_with_another_training(run_dir, digits):
+    args = ['train.py', '--data-dir', digits, '--model', 'netaug_mbv2_tiny', *SMALL,
+            '--resume', run_dir / 'last.pth.tar']
+    for argv, said in (([], 'was trained with --netaug'), (['--netaug', '--opt', 'adamw'], 'was trained with --opt sgd')):
+        done = run_python(*args, '--epochs', 3, '--drop', 0.0, *argv, check=False)
+        assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr

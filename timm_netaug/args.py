@@ -321,11 +321,22 @@ def validate_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe YAML in which a key stands once, however it is spelled."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [str(key.value).replace('-', '_') for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.YAMLError(f"the key '{twice[0]}' stands there twice")
+        return super().construct_mapping(node, deep)
+
+
 def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
     """Turn a YAML file into the command line that says the same, so that one parser judges both."""
     try:
         with open(path, encoding='utf-8') as f:
-            config = yaml.safe_load(f) or {}
+            config = yaml.load(f, _UniqueKeys) or {}
     except (OSError, yaml.YAMLError) as e:
         raise UserError(f'Can not read the config {path}: {e}') from e
     if not isinstance(config, dict):
@@ -389,9 +400,13 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument('-c', '--config')
     known, rest = finder.parse_known_args(argv)
-    args = parser.parse_args([*(_config_to_argv(parser, known.config) if known.config else []), *rest])
+    from_config = _config_to_argv(parser, known.config) if known.config else []
+    args, typed = parser.parse_args([*from_config, *rest]), parser.parse_args(rest)
+    if typed.data and typed.data_dir and typed.data != typed.data_dir:
+        raise UserError(f'Two data sets given, {typed.data} and --data-dir {typed.data_dir}: leave one out.')
     args.config = known.config
-    args.data_dir = args.data_dir or args.data
+    args.data_dir = typed.data or typed.data_dir or args.data_dir or args.data
+    args.device_given = any(a.split('=')[0] == '--device' for a in (*from_config, *rest))
     return args
 
 
@@ -423,8 +438,9 @@ _REFUSED = ('naflex_loader', 'kd_model_name', 'distill_loss_weight', 'task_loss_
             'naflex_patchify_channels_first')
 _REFUSED_IF_CHANGED = ('kd_distill_type', 'kd_loss_type', 'kd_temperature', 'kd_token_distill_type',
                        'train_size_schedule', 'train_size_schedule_spread', 'train_size_random_mix', 'sync_bn',
-                       'variable_batch_loss_scale', 'naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_loss_scale')
+                       'variable_batch_loss_scale', 'tta', 'naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_loss_scale')
 _REFUSED_WITH_NETAUG = ('torchcompile', 'torchcompile_mode', 'split_bn', 'grad_checkpointing', 'drop_block')
+_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _CHOICES = {  # timm's parser takes any string here, and falls over it later
     'amp_dtype': ('float16', 'bfloat16'),
     'model_dtype': (None, 'float32', 'float16', 'bfloat16'),
@@ -433,6 +449,12 @@ _CHOICES = {  # timm's parser takes any string here, and falls over it later
     'dist_bn': ('', 'broadcast', 'reduce'),
     'worker_seeding': ('all', 'part'),
     'eval_metric': ('top1', 'top5', 'loss'),
+    'remode': ('pixel', 'const', 'rand'),
+    'train_crop_mode': (None, 'rrc', 'rkrc', 'rkrr'),
+    'mixup_mode': ('batch', 'pair', 'elem', 'half'),
+    'interpolation': ('', *_INTERPOLATIONS),
+    'train_interpolation': ('', 'random', *_INTERPOLATIONS),
+    'gp': (None, '', 'fast', 'fastavg', 'fastmax', 'fastavgmax', 'fastcatavgmax', 'avg', 'max', 'avgmax', 'catavgmax'),
 }
 
 
@@ -473,13 +495,21 @@ def check_train_args(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     for name, needs in (('model_ema_force_cpu', 'model_ema'), ('model_ema_warmup', 'model_ema'),
                         ('bce_sum', 'bce_loss'), ('bce_target_thresh', 'bce_loss'), ('bce_pos_weight', 'bce_loss'),
                         ('torchcompile_mode', 'torchcompile'), ('no_resume_opt', 'resume'),
+                        ('model_ema_decay', 'model_ema'), ('amp_dtype', 'amp'), ('wandb_tags', 'log_wandb'),
                         ('wandb_project', 'log_wandb'), ('wandb_resume_id', 'log_wandb')):
-        if getattr(args, name) not in (None, False, '') and not getattr(args, needs):
+        if getattr(args, name) != parser.get_default(name) and not getattr(args, needs):
             raise UserError(f'--{name.replace("_", "-")} does nothing without --{needs.replace("_", "-")}.')
     if args.amp and args.model_dtype not in (None, 'float32'):
         raise UserError('--amp needs float32 weights: leave --model-dtype out.')
     if args.jsd_loss and args.aug_splits < 2:
         raise UserError('--jsd-loss needs --aug-splits of at least 2.')
+    if args.jsd_loss and args.bce_loss:
+        raise UserError('--jsd-loss and --bce-loss are two losses: choose one.')
+    for dest in ('scale', 'ratio', 'cutmix_minmax'):
+        if getattr(args, dest) is not None and len(getattr(args, dest)) != 2:
+            raise UserError(f'--{dest.replace("_", "-")} takes two numbers.')
+    if args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        raise UserError('--mixup and --cutmix need an even --batch-size.')
     if args.aug_splits == 1:
         raise UserError('--aug-splits must be at least 2.')
     if args.aug_splits and not args.no_prefetcher and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
@@ -514,5 +544,9 @@ def check_validate_args(parser: argparse.ArgumentParser, args: argparse.Namespac
         raise UserError('--amp needs float32 weights: leave --model-dtype out.')
     if not args.data_dir and not args.dataset:
         raise UserError('No data set given: name its folder with --data-dir.')
+    for dest in ('interpolation', 'gp'):
+        if getattr(args, dest) not in _CHOICES[dest]:
+            raise UserError(f'--{dest} takes one of {", ".join(repr(c) for c in _CHOICES[dest] if c)},'
+                            f' got {getattr(args, dest)!r}.')
     if args.use_ema and not args.checkpoint:
         raise UserError('--use-ema does nothing without --checkpoint.')

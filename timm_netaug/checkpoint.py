@@ -72,11 +72,11 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     return checkpoint
 
 
-def load_run(path: str, use_ema: bool = False) -> Tuple[nn.Module, Dict[str, Any], Dict[str, Any]]:
+def load_run(path: str, use_ema: Optional[bool] = None) -> Tuple[nn.Module, Dict[str, Any], Dict[str, Any]]:
     """Build the stock timm model of a checkpoint of `train.py`.
 
     Args:
-        use_ema: Take the moving average of the weights.
+        use_ema: Take the moving average of the weights; None: where the run's metric is that of the average.
 
     Returns:
         The model, the description of its run (see `describe_run`), and the whole checkpoint.
@@ -89,6 +89,7 @@ def load_run(path: str, use_ema: bool = False) -> Tuple[nn.Module, Dict[str, Any
     run = getattr(args, 'run', None) if isinstance(args, argparse.Namespace) else None
     if run is None:
         raise UserError(f'{path} is not a checkpoint of train.py (it does not say which model it is of).')
+    use_ema = run.get('ema', False) if use_ema is None else use_ema
     key = 'state_dict_ema' if use_ema else 'state_dict'
     if key not in checkpoint:
         raise UserError(f'{path} has no {key}: it was trained without --model-ema.')

@@ -27,7 +27,6 @@ def evaluate(
         dtype: Optional[torch.dtype] = None,
         autocast: Callable = nullcontext,
         channels_last: bool = False,
-        tta: int = 0,
         description: str = 'Validate',
         log_interval: int = 50,
         distributed: bool = False,
@@ -37,7 +36,6 @@ def evaluate(
 
     Args:
         dtype: Type that images are converted to.
-        tta: Number of views of each image that its logits are averaged over, 0 or 1 for none.
         primary: Whether this process reports progress.
 
     Returns:
@@ -54,9 +52,6 @@ def evaluate(
             output = model(input)
         if isinstance(output, (tuple, list)):
             output = output[0]
-        if tta > 1:
-            output = output.unfold(0, tta, tta).mean(dim=2)
-            target = target[0:target.shape[0]:tta]
         evaluator.update(output, target)
         if primary and (i == last or i % log_interval == 0):
             line = '  '.join(f'{k} {v:.4g}' for k, v in evaluator.summary().items())

@@ -158,6 +158,8 @@ class _Tracer:
         self.put(name, 'depthwise', weight={0: channels}, bias={0: channels})
 
     def norm(self, name: str, channels: Channels) -> None:
+        if self.model.get_submodule(name).running_mean is None:
+            self.refuse(name, 'has no running statistics')
         axis = {0: channels}
         self.put(name, 'norm', weight=axis, bias=axis, running_mean=axis, running_var=axis)
 
@@ -207,6 +209,8 @@ class _Tracer:
             self.put('classifier', 'linear', weight={1: channels})
             self.layout.axes['classifier.bias'] = {}
 
+        if len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False))):
+            self.refuse('', 'shares weights between layers')
         # The safety net: whatever has a tensor that no rule above knew (an activation with weights, say) is refused.
         for name in [n for n, _ in model.named_parameters()] + [n for n, _ in model.named_buffers()]:
             if name not in self.layout.axes and not name.endswith('num_batches_tracked'):

@@ -163,6 +163,8 @@ class SuperNet:
         Raises:
             ValueError: The optimizer keeps a state that can not be permuted. Nothing was changed.
         """
+        while hasattr(optimizer, '_base_optimizer'):  # timm's Lookahead
+            optimizer = optimizer._base_optimizer
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         todo = []
         for name, axis in self.layout.axes.items():
@@ -174,12 +176,12 @@ class SuperNet:
             if tensor.grad is not None:
                 todo.append((tensor.grad, dims))
             for key, state in (optimizer.state.get(tensor, {}) if optimizer is not None else {}).items():
-                if not torch.is_tensor(state) or state.numel() == 1 < tensor.numel():
+                if state is None or isinstance(state, (int, float)) or (torch.is_tensor(state) and state.numel() == 1):
                     continue
-                if state.shape != tensor.shape:
+                if not torch.is_tensor(state) or state.shape != tensor.shape:
                     raise ValueError(
-                        f"{type(optimizer).__name__} keeps '{key}' of shape {tuple(state.shape)} for '{name}' of shape"
-                        f' {tuple(tensor.shape)}, which can not be sorted with it. Use another optimizer or'
+                        f"{type(optimizer).__name__} keeps a '{key}' for '{name}' that is not of its shape"
+                        f' {tuple(tensor.shape)} and can not be sorted with it. Use another optimizer or'
                         f' NetAugConfig(sort=False).')
                 todo.append((state, dims))
         for tensor, dims in todo:

@@ -81,6 +81,12 @@ class NetAugTask(ClassificationTask):
             if self.has_ema():
                 unwrap_model(self.get_trainable_module(ema=True)).permute_channels(orders)
 
+    def setup_ema(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Create an EMA of the super-network. BatchNorm's statistics are the model's own, not averaged: after a sort
+        an average would keep those of other channels for thousands of steps."""
+        kwargs.setdefault('exclude_buffers', True)
+        return super().setup_ema(*args, **kwargs)
+
     def start_update(self, step: int) -> None:
         """Choose the sub-network that every forward pass trains up to the next call."""
         self._step, self._counting = step, False

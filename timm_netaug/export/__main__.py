@@ -13,10 +13,11 @@ def main() -> None:
         description="Write a checkpoint of train.py as a folder for timm.create_model('local-dir:OUT_DIR').")
     parser.add_argument('checkpoint', help='checkpoint of train.py')
     parser.add_argument('out_dir', help='folder for model.safetensors and config.json')
-    parser.add_argument('--use-ema', action='store_true', help='export the moving average of the weights')
+    parser.add_argument('--use-ema', action='store_true', 
+                        help='export the moving average of the weights (default where the run validated it)')
     args = parser.parse_args()
     try:
-        model, run, _ = load_run(args.checkpoint, args.use_ema)
+        model, run, _ = load_run(args.checkpoint, args.use_ema or None)
         export_folder(model, args.out_dir, run)
     except (UserError, OSError) as e:
         sys.exit(f'timm_netaug.export: error: {e}')
