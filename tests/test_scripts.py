@@ -349,6 +349,7 @@ def test_printed_line_loads_the_model(digits, tmp_path):
 def test_resume_with_another_training(run_dir, digits):
     args = ['train.py', '--data-dir', digits, '--model', 'netaug_mbv2_tiny', *SMALL,
             '--resume', run_dir / 'last.pth.tar']
-    for argv, said in (([], 'was trained with --netaug'), (['--netaug', '--opt', 'adamw'], 'was trained with --opt sgd')):
+    for argv, said in (([], 'was trained with --netaug'),
+                       (['--netaug', '--opt', 'adamw'], 'was trained with --opt sgd')):
         done = run_python(*args, '--epochs', 3, '--drop', 0.0, *argv, check=False)
         assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr

@@ -438,7 +438,8 @@ _REFUSED = ('naflex_loader', 'kd_model_name', 'distill_loss_weight', 'task_loss_
             'naflex_patchify_channels_first')
 _REFUSED_IF_CHANGED = ('kd_distill_type', 'kd_loss_type', 'kd_temperature', 'kd_token_distill_type',
                        'train_size_schedule', 'train_size_schedule_spread', 'train_size_random_mix', 'sync_bn',
-                       'variable_batch_loss_scale', 'tta', 'naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_loss_scale')
+                       'variable_batch_loss_scale', 'tta', 'naflex_train_seq_lens', 'naflex_max_seq_len',
+                       'naflex_loss_scale')
 _REFUSED_WITH_NETAUG = ('torchcompile', 'torchcompile_mode', 'split_bn', 'grad_checkpointing', 'drop_block')
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _CHOICES = {  # timm's parser takes any string here, and falls over it later
