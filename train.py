@@ -18,7 +18,7 @@ import time
 from contextlib import nullcontext
 from datetime import datetime
 from functools import partial
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 import timm
@@ -31,7 +31,6 @@ from timm.data import (
     AugMixDataset,
     FastCollateMixup,
     Mixup,
-    create_dataset,
     create_loader,
     resolve_input_data_config,
 )
@@ -58,7 +57,7 @@ from timm.utils import (
 import timm_netaug
 from timm_netaug.args import UserError, check_model_name, check_train_args, netaug_config, parse_args, train_parser
 from timm_netaug.checkpoint import AtomicSaver, classes_in_file, describe_run, read_checkpoint
-from timm_netaug.data import check_dataset_name, check_split, class_names
+from timm_netaug.data import check_split, class_names, open_dataset
 from timm_netaug.evaluate import evaluate, progress_bar
 
 _logger = logging.getLogger('train')
@@ -145,28 +144,13 @@ def set_up_head(args, model: nn.Module) -> None:
 
 def set_up_data(args, data_config: Dict[str, Any], device: torch.device, dtype) -> Tuple[Any, Any, Any, Any]:
     """Build both loaders; returns them with the mixup function (or None) and the names of the classes (or None)."""
-    check_dataset_name(args.dataset)
-    if args.data_dir and not args.dataset and not os.path.isdir(args.data_dir):
-        raise UserError(f'--data-dir: there is no folder {args.data_dir}.')
-    common = dict(
-        root=args.data_dir,
-        class_map=args.class_map,
-        download=args.dataset_download,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        input_img_mode=args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L'),
-        input_key=args.input_key,
-        target_key=args.target_key,
-        trust_remote_code=args.dataset_trust_remote_code,
-    )
-    try:
-        dataset_train = create_dataset(
-            args.dataset, split=args.train_split, is_training=True, repeats=args.epoch_repeats,
-            num_samples=args.train_num_samples, **common)
-        dataset_eval = create_dataset(
-            args.dataset, split=args.val_split, is_training=False, num_samples=args.val_num_samples, **common)
-    except (RuntimeError, FileNotFoundError, AssertionError) as e:
-        raise UserError(f'The data set can not be opened: {e}') from e
+    channels = data_config['input_size'][0]
+    common = dict(batch_size=args.batch_size, seed=args.seed, class_map=args.class_map)
+    dataset_train = open_dataset(
+        args, args.train_split, channels, is_training=True, repeats=args.epoch_repeats,
+        num_samples=args.train_num_samples, **common)
+    dataset_eval = open_dataset(
+        args, args.val_split, channels, is_training=False, num_samples=args.val_num_samples, **common)
     check_split(dataset_train, args.data_dir, args.train_split)
     check_split(dataset_eval, args.data_dir, args.val_split)
     names, eval_names = class_names(dataset_train), class_names(dataset_eval)
@@ -285,19 +269,16 @@ def set_up_lr(args) -> None:
 
 
 def check_resume(args, run: Dict[str, Any]) -> None:
-    """Refuse a checkpoint of another model, naming what differs."""
-    there = getattr(read_checkpoint(args.resume).get('args'), 'run', None)
+    """Refuse a checkpoint of another model or training, naming what differs."""
+    saved = read_checkpoint(args.resume).get('args')
+    there = getattr(saved, 'run', None)
     if there is None:
         raise UserError(f'--resume: {args.resume} is not a checkpoint of train.py.')
     for key in ('architecture', 'model_args'):
         if there[key] != run[key]:
             raise UserError(f'--resume: {args.resume} has the {key} {there[key]}, this run {run[key]}.')
-
-
-def check_resumed_training(args, run: Dict[str, Any]) -> None:
-    saved = read_checkpoint(args.resume)['args']
-    if bool(saved.run.get('netaug')) != bool(run.get('netaug')):
-        raise UserError(f'--resume: {args.resume} was trained with{"" if saved.run.get("netaug") else "out"} --netaug.')
+    if bool(there.get('netaug')) != bool(run.get('netaug')):
+        raise UserError(f'--resume: {args.resume} was trained with{"" if there.get("netaug") else "out"} --netaug.')
     if saved.opt != args.opt and not args.no_resume_opt:
         raise UserError(f'--resume: {args.resume} was trained with --opt {saved.opt}: take the same, or start the'
                         f' optimizer anew with --no-resume-opt.')
@@ -505,7 +486,6 @@ def main() -> None:
     resume_epoch = None
     if args.resume:
         check_resume(args, run)
-        check_resumed_training(args, run)
         try:
             resume_epoch = resume_task_checkpoint(
                 task,

@@ -12,11 +12,10 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, Dict, List, Optional, Tuple
 
-import timm
 import torch
 import torch.nn as nn
 from timm import create_model
-from timm.data import create_dataset, create_loader, resolve_input_data_config
+from timm.data import create_loader, resolve_input_data_config
 from timm.layers import set_fast_norm
 from timm.models import load_state_dict, resolve_model_input_args
 from timm.task import ClassificationEvaluator
@@ -25,7 +24,7 @@ from timm.utils import random_seed, setup_default_logging
 import timm_netaug
 from timm_netaug.args import UserError, check_model_name, check_validate_args, parse_args, validate_parser
 from timm_netaug.checkpoint import classes_in_file, load_run, read_checkpoint
-from timm_netaug.data import check_dataset_name, check_split, class_names
+from timm_netaug.data import check_split, class_names, open_dataset
 from timm_netaug.evaluate import evaluate
 
 _logger = logging.getLogger('validate')
@@ -101,25 +100,9 @@ def main() -> None:
     model = model.to(device=device, dtype=dtype)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    check_dataset_name(args.dataset)
-    if args.data_dir and not args.dataset and not os.path.isdir(args.data_dir):
-        raise UserError(f'--data-dir: there is no folder {args.data_dir}.')
-    open_dataset = partial(
-        create_dataset,
-        args.dataset,
-        root=args.data_dir,
-        split=args.split,
-        download=args.dataset_download,
-        num_samples=args.num_samples,
-        input_img_mode=args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L'),
-        input_key=args.input_key,
-        target_key=args.target_key,
-        trust_remote_code=args.dataset_trust_remote_code,
-    )
-    try:
-        dataset = open_dataset(class_map=args.class_map)
-    except (RuntimeError, FileNotFoundError, AssertionError) as e:
-        raise UserError(f'The data set can not be opened: {e}') from e
+    open_split = partial(
+        open_dataset, args, args.split, data_config['input_size'][0], num_samples=args.num_samples)
+    dataset = open_split(class_map=args.class_map)
     check_split(dataset, args.data_dir, args.split, required=False)
     classes = class_names(dataset)
     if names and classes and classes != list(names) and not args.class_map:
@@ -127,7 +110,7 @@ def main() -> None:
         unknown = sorted(set(classes) - set(names))
         if unknown:
             raise UserError(f'The data set has classes that the model does not know: {", ".join(unknown[:5])}.')
-        dataset = open_dataset(class_map={name: i for i, name in enumerate(names)})
+        dataset = open_split(class_map={name: i for i, name in enumerate(names)})
     if classes and len(classes) > model.num_classes:
         raise UserError(f'The data set has {len(classes)} classes, the model {model.num_classes}.')
     loader = create_loader(

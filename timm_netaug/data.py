@@ -1,10 +1,12 @@
-"""Checks on timm's data sets that `train.py` and `validate.py` share."""
+"""Opening timm's data sets, with checks that `train.py` and `validate.py` share."""
 import os
 from typing import Any, List, Optional
 
+from timm.data import create_dataset
+
 from .args import UserError
 
-__all__ = ['class_names', 'check_dataset_name', 'check_split']
+__all__ = ['class_names', 'open_dataset', 'check_split']
 
 _PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 _SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
@@ -16,14 +18,34 @@ def class_names(dataset: Any) -> Optional[List[str]]:
     return [str(name) for name in sorted(index, key=index.get)] if index else None
 
 
-def check_dataset_name(name: str) -> None:
-    """Refuse a type of data set that timm would take for a folder of images.
+def open_dataset(args: Any, split: str, channels: int, **kwargs: Any) -> Any:
+    """Open a split of the data set that the flags of either script name.
+
+    Args:
+        channels: Of the model's input; images of other than three are read as grey.
+        kwargs: Further arguments of timm's create_dataset().
 
     Raises:
-        UserError: The part before the slash is none of timm's types.
+        UserError: Its type is none of timm's (which would take it for a folder of images), or it can not be opened.
     """
-    if '/' in name and name.split('/')[0].lower() not in _PREFIXES:
-        raise UserError(f'--dataset {name}: timm knows the types {", ".join(_PREFIXES)}, as in torch/cifar10.')
+    if '/' in args.dataset and args.dataset.split('/')[0].lower() not in _PREFIXES:
+        raise UserError(f'--dataset {args.dataset}: timm knows the types {", ".join(_PREFIXES)}, as in torch/cifar10.')
+    if args.data_dir and not args.dataset and not os.path.isdir(args.data_dir):
+        raise UserError(f'--data-dir: there is no folder {args.data_dir}.')
+    try:
+        return create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=split,
+            download=args.dataset_download,
+            input_img_mode=args.input_img_mode or ('RGB' if channels == 3 else 'L'),
+            input_key=args.input_key,
+            target_key=args.target_key,
+            trust_remote_code=args.dataset_trust_remote_code,
+            **kwargs,
+        )
+    except (RuntimeError, FileNotFoundError, AssertionError) as e:
+        raise UserError(f'The data set can not be opened: {e}') from e
 
 
 def check_split(dataset: Any, data_dir: str, split: str, required: bool = True) -> None:

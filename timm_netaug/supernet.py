@@ -13,7 +13,7 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 
 from .config import NetAugConfig
-from .elastic import ELASTIC, STOCK, ElasticBatchNormAct2d, ElasticConv2d
+from .elastic import ELASTIC, STOCK, ElasticBatchNormAct2d
 from .layout import Channels, Layout, trace
 
 __all__ = ['SuperNet', 'augment', 'slice_stock']

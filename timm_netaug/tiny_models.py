@@ -5,7 +5,7 @@ MobileNetV2 (arXiv 1801.04381), MobileNetV3 (1905.02244), ProxylessNAS (1812.003
 (2110.08890) for MobileNetV2-Tiny and the input sizes.
 """
 from functools import partial
-from typing import Any, Dict, List, Mapping, Optional, Union
+from typing import Any, Dict, List, Mapping, Union
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
