@@ -14,7 +14,8 @@ from timm.utils import ParseKwargs
 
 import timm_netaug
 from conftest import ROOT, images, make, readme_block, run_python
-from timm_netaug.args import UserError, check_train_args, netaug_config, parse_args, train_parser, validate_parser
+from timm_netaug.errors import UserError
+from timm_netaug.scripts.args import check_train_args, netaug_config, parse_args, train_parser, validate_parser
 
 RECIPES = sorted((ROOT / 'hfconfigs').glob('*/train.yaml'))
 SMALL = ['--num-classes', 10, '--img-size', 32, '-b', 256, '-j', 0, '--warmup-epochs', 0, '--crop-pct', 1.0]
@@ -67,7 +68,7 @@ def test_refused_by_name(argv, said):
 
 def test_every_flag_is_read_or_refused():
     """No flag is parsed and then forgotten."""
-    code = ''.join((ROOT / p).read_text() for p in ('train.py', 'timm_netaug/args.py', 'timm_netaug/data.py'))
+    code = ''.join((ROOT / 'timm_netaug/scripts' / p).read_text() for p in ('train.py', 'args.py', 'data.py'))
     by_timm = {  # read off the arguments by timm's helpers
         'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'layer_decay', 'layer_decay_min_scale',
         'layer_decay_no_opt_scale', 'lr_noise', 'lr_noise_pct', 'lr_noise_std', 'lr_cycle_mul', 'lr_cycle_decay',
@@ -242,12 +243,11 @@ def test_everything_at_once_still_trains(digits, tmp_path):
 def test_wrong_input_gets_one_sentence(argv, said, digits, tmp_path, capsys, monkeypatch):
     if 'cuda' in argv and torch.cuda.is_available():
         pytest.skip('there is a GPU')
-    sys.path.insert(0, str(ROOT))
-    import train
+    from timm_netaug.scripts import train
     base = ['train.py', '--data-dir', digits, *SMALL, '--epochs', 1, '--output', tmp_path / 'out', *argv]
     monkeypatch.setattr(sys, 'argv', [str(a) for a in base])
     with pytest.raises(UserError, match=said) as e:
-        train.main()
+        train.train()
     assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()
 
 

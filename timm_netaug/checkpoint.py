@@ -10,7 +10,7 @@ from timm import create_model
 from timm.models import clean_state_dict, get_pretrained_cfg, load_state_dict
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
 
-from .args import UserError
+from .errors import UserError
 from .reference import is_reference
 
 __all__ = ['AtomicSaver', 'describe_run', 'read_checkpoint', 'load_run', 'classes_in_file']

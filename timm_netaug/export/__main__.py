@@ -1,9 +1,8 @@
 """`python -m timm_netaug.export CHECKPOINT OUT_DIR`"""
 import argparse
-import sys
 
-from ..args import UserError
 from ..checkpoint import load_run
+from ..errors import told_plainly
 from . import export_folder
 
 
@@ -13,14 +12,12 @@ def main() -> None:
         description="Write a checkpoint of train.py as a folder for timm.create_model('local-dir:OUT_DIR').")
     parser.add_argument('checkpoint', help='checkpoint of train.py')
     parser.add_argument('out_dir', help='folder for model.safetensors and config.json')
-    parser.add_argument('--use-ema', action='store_true', 
+    parser.add_argument('--use-ema', action='store_true',
                         help='export the moving average of the weights (default where the run validated it)')
     args = parser.parse_args()
-    try:
+    with told_plainly('timm_netaug.export'):
         model, run, _ = load_run(args.checkpoint, args.use_ema or None)
         export_folder(model, args.out_dir, run)
-    except (UserError, OSError) as e:
-        sys.exit(f'timm_netaug.export: error: {e}')
     print(f"Exported. Load it with:\n\n    import timm, timm_netaug\n"
           f"    model = timm.create_model('local-dir:{args.out_dir}', pretrained=True)")
 

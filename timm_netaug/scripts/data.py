@@ -4,7 +4,7 @@ from typing import Any, List, Optional
 
 from timm.data import create_dataset
 
-from .args import UserError
+from ..errors import UserError
 
 __all__ = ['class_names', 'open_dataset', 'check_split']
 

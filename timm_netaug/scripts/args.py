@@ -9,14 +9,11 @@ import yaml
 from timm.models import is_model, list_models
 from timm.utils import ParseKwargs
 
-from .config import NetAugConfig
+from ..config import NetAugConfig
+from ..errors import UserError
 
-__all__ = ['UserError', 'train_parser', 'validate_parser', 'parse_args', 'check_model_name', 'check_train_args',
+__all__ = ['train_parser', 'validate_parser', 'parse_args', 'check_model_name', 'check_train_args',
            'check_validate_args', 'netaug_config']
-
-
-class UserError(ValueError):
-    """Wrong input: its message is all that a user of a script gets to see."""
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
