@@ -8,9 +8,12 @@ from typing import Dict, Tuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, Linear
+from timm.layers import BatchNormAct2d, LayerScale2d, Linear
 
-__all__ = ['ELASTIC', 'STOCK', 'ElasticConv2d', 'ElasticDepthwiseConv2d', 'ElasticBatchNormAct2d', 'ElasticLinear']
+__all__ = [
+    'ELASTIC', 'STOCK', 'ElasticConv2d', 'ElasticDepthwiseConv2d', 'ElasticBatchNormAct2d', 'ElasticLayerScale2d',
+    'ElasticLinear',
+]
 
 
 class ElasticConv2d(nn.Conv2d):
@@ -101,6 +104,17 @@ class ElasticBatchNormAct2d(BatchNormAct2d):
         self.num_features = self.running_mean.shape[0] if self.weight is None else self.weight.shape[0]
 
 
+class ElasticLayerScale2d(LayerScale2d):
+    """LayerScale of as many channels as there are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gamma = self.gamma[:x.shape[1]].view(1, -1, 1, 1)
+        return x.mul_(gamma) if self.inplace else x * gamma
+
+    def fit(self) -> None:
+        pass  # its tensor is all that it knows of its width
+
+
 class _ElasticLinear:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Contiguous, because autograd chooses the order of the weight gradient's sums by the strides of the weight.
@@ -123,6 +137,7 @@ ELASTIC: Dict[Tuple[str, type], type] = {
     ('conv', nn.Conv2d): ElasticConv2d,
     ('depthwise', nn.Conv2d): ElasticDepthwiseConv2d,
     ('norm', BatchNormAct2d): ElasticBatchNormAct2d,
+    ('scale', LayerScale2d): ElasticLayerScale2d,
     ('linear', nn.Linear): ElasticLinear,
     ('linear', Linear): ElasticTimmLinear,
 }

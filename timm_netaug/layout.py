@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Callable, Dict, List, NoReturn, Optional, Tuple
 
 import torch.nn as nn
-from timm.layers import BatchNormAct2d, DropPath, Linear, SelectAdaptivePool2d
+from timm.layers import BatchNormAct2d, ConvNormAct, DropPath, LayerScale2d, Linear, SelectAdaptivePool2d
 from timm.models._efficientnet_blocks import (
     ConvBnAct,
     DepthwiseSeparableConv,
+    EdgeResidual,
     InvertedResidual,
     SqueezeExcite,
+    UniversalInvertedResidual,
 )
 from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
@@ -45,7 +47,7 @@ class Layout:
     Args:
         channels: Channel sets by name, each behind the one that it follows.
         axes: For every tensor of the model's state dict (but counters): the channel set along each augmented axis.
-        layers: Role of every layer that has such tensors: 'conv', 'depthwise', 'norm' or 'linear'.
+        layers: Role of every layer that has such tensors: 'conv', 'depthwise', 'norm', 'scale' or 'linear'.
     """
     channels: Dict[str, Channels]
     axes: Dict[str, Dict[int, Channels]]
@@ -88,6 +90,7 @@ class _Block:
     expand: Optional[str] = None
     inner: Tuple[str, ...] = ()  # layers on the inner channels
     outer: Tuple[str, ...] = ()  # layers on the output channels
+    before: Tuple[str, ...] = ()  # layers on the input channels, ahead of `expand`
 
 
 # By exact type: a subclass with another forward (CondConvResidual, say) is another block.
@@ -95,6 +98,14 @@ _BLOCKS = {
     InvertedResidual: _Block('conv_pwl', 'conv_pw', ('bn1', 'conv_dw', 'bn2', 'se'), ('bn3',)),
     DepthwiseSeparableConv: _Block('conv_pw', None, ('conv_dw', 'bn1', 'se'), ('bn2',)),
     ConvBnAct: _Block('conv', None, (), ('bn1',)),
+    EdgeResidual: _Block('conv_pwl', 'conv_exp', ('bn1', 'se'), ('bn2',)),
+    UniversalInvertedResidual: _Block(
+        'pw_proj.conv',
+        'pw_exp.conv',
+        ('pw_exp.bn', 'dw_mid', 'se'),
+        ('pw_proj.bn', 'dw_end', 'layer_scale'),
+        ('dw_start',),
+    ),
 }
 _MODELS = (EfficientNet, MobileNetV3)
 
@@ -163,6 +174,13 @@ class _Tracer:
         axis = {0: channels}
         self.put(name, 'norm', weight=axis, bias=axis, running_mean=axis, running_var=axis)
 
+    def scale(self, name: str, channels: Channels) -> None:
+        self.put(name, 'scale', gamma={0: channels})
+
+    def depthwise_norm(self, name: str, channels: Channels) -> None:
+        self.depthwise(f'{name}.conv', channels)
+        self.layer(f'{name}.bn', channels)
+
     def squeeze_excite(self, name: str, channels: Channels) -> None:
         squeezed = self.new(f'{name}.conv_reduce', 'squeeze', channels)
         self.conv(f'{name}.conv_reduce', channels, squeezed)
@@ -171,9 +189,8 @@ class _Tracer:
     def block(self, name: str, channels: Channels) -> Channels:
         block = self.get(name, *_BLOCKS)
         spec = _BLOCKS[type(block)]
-        for part in ('aa', 'conv_s2d', 'bn_s2d'):  # anti-aliasing and space to depth
-            if getattr(block, part, None) is not None:
-                self.get(f'{name}.{part}', nn.Identity)
+        for part in spec.before:
+            self.layer(f'{name}.{part}', channels)
         inner = channels
         if spec.expand:
             inner = self.new(f'{name}.{spec.expand}', 'expand', channels)
@@ -211,7 +228,14 @@ class _Tracer:
 
         if len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False))):
             self.refuse('', 'shares weights between layers')
-        # The safety net: whatever has a tensor that no rule above knew (an activation with weights, say) is refused.
+        # The safety net: whatever no rule above knew is refused. It is a module around others with a forward of its
+        # own, anti-aliasing, or a layer with a tensor (an activation with weights, say).
+        containers = (*_MODELS, *_BLOCKS, *_LAYERS, nn.Sequential, SelectAdaptivePool2d)
+        for name, module in model.named_modules():
+            if name.rpartition('.')[2] == 'aa' and type(module) is not nn.Identity:
+                self.refuse(name, 'is anti-aliasing and is not supported')
+            if type(module) not in containers and next(module.children(), None) is not None:
+                self.refuse(name)
         for name in [n for n, _ in model.named_parameters()] + [n for n, _ in model.named_buffers()]:
             if name not in self.layout.axes and not name.endswith('num_batches_tracked'):
                 self.refuse(name.rpartition('.')[0], f"has a tensor '{name.rpartition('.')[2]}' that is not supported")
@@ -224,6 +248,8 @@ _LAYERS: Dict[type, Callable] = {
     nn.Conv2d: _Tracer.depthwise,
     BatchNormAct2d: _Tracer.norm,
     SqueezeExcite: _Tracer.squeeze_excite,
+    ConvNormAct: _Tracer.depthwise_norm,
+    LayerScale2d: _Tracer.scale,
 }
 
 

@@ -113,7 +113,7 @@ class SuperNet:
         of 0.02. The channels are sorted at once, so that the tiny model starts with the largest ones.
         """
         for name, tensor in self.named_parameters():
-            tensor.copy_(_initial(name, tensor, self.layout))
+            tensor.copy_(_initial(self, name, tensor, self.layout))
         for name, tensor in self.named_buffers():
             tensor.fill_(1 if name.endswith('running_var') else 0)
         if self.netaug_config.sort:
@@ -223,11 +223,13 @@ _SUPERNETS = {EfficientNet: EfficientNetSuperNet, MobileNetV3: MobileNetV3SuperN
 _STOCK = {supernet: stock for stock, supernet in _SUPERNETS.items()}
 
 
-def _initial(name: str, tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+def _initial(model: nn.Module, name: str, tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Fresh values for a tensor of a super-network."""
     layer, _, kind = name.rpartition('.')
     role = layout.layers[layer]
     new = torch.empty_like(tensor)
+    if role == 'scale':
+        return new.fill_(model.get_submodule(layer).init_values)
     if kind == 'weight' and role == 'linear':
         return nn.init.trunc_normal_(new, std=0.02)
     if kind == 'weight' and role in ('conv', 'depthwise'):
@@ -288,7 +290,7 @@ def augment(model: nn.Module, config: Optional[NetAugConfig] = None) -> SuperNet
             device=old[name].device,
             memory_format=torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format,
         )
-        new.copy_(_initial(name, new, layout))
+        new.copy_(_initial(model, name, new, layout))
         new[_slices(axis, layout.tiny, new.ndim)] = old[name]
         tensors[name] = new
 

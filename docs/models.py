@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""Write `docs/models.md`: which models of timm's EfficientNet and MobileNet families NetAug takes, and why not others.
+
+    python docs/models.py
+"""
+import re
+from pathlib import Path
+from typing import Iterator, Optional, Tuple
+
+import timm
+import torch
+
+import timm_netaug
+
+PAGE = Path(__file__).with_suffix('.md')
+MODULES = ('efficientnet', 'mobilenetv3')  # timm's model files
+REASONS = {  # type of the module that stands in the way -> what it is; the others are explained by the error itself
+    'AvgPool2d': 'anti-aliasing',
+    'BlurPool2d': 'anti-aliasing',
+    'CondConvResidual': 'conditional convolutions',
+    'Conv2dSame': "TensorFlow's dynamic padding",
+    'EvoNorm2dS0': 'another norm than BatchNorm',
+    'GlobalContext': 'another attention than squeeze-excite',
+    'GroupNormAct': 'another norm than BatchNorm',
+    'LayerNormAct2d': 'another norm than BatchNorm',
+    'MixedConv2d': 'kernels of several sizes in a layer',
+    'MobileAttention': 'attention',
+}
+
+
+def names() -> list:
+    return sorted(name for module in MODULES for name in timm.list_models(module=module))
+
+
+def classify() -> Iterator[Tuple[str, torch.nn.Module, Optional[timm_netaug.SuperNet], str]]:
+    """Yield every name of the families with its model, its super-network or None, and why there is none."""
+    for name in names():
+        with torch.device('meta'):
+            model = timm.create_model(name)
+            try:
+                yield name, model, timm_netaug.augment(model), ''
+            except ValueError as e:
+                module, kind, why = re.search(r"module '(.+?)' of type (\w+), which (.+?)\. Supported", str(e)).groups()
+                groups = kind == 'Conv2d' and 'groups=' in why
+                reason = 'grouped convolutions' if groups else REASONS.get(kind, why)
+                yield name, model, None, f'{reason} (`{module}`: `{kind}`)'
+
+
+def millions(model: torch.nn.Module) -> str:
+    return f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M'
+
+
+def page(rows: list) -> str:
+    """Return the text for the rows (name, parameters, parameters of the super-network or '', reason)."""
+    taken, refused = [r for r in rows if r[2]], [r for r in rows if not r[2]]
+    lines = [
+        '# Models that can be trained with `--netaug`',
+        '',
+        f'Written by `python docs/models.py` from timm {timm.__version__}: the {len(rows)} models of its files '
+        + ' and '.join(f'`{m}.py`' for m in MODULES) + f', of which {len(taken)} are supported and {len(refused)} are'
+        ' refused. Parameters are those with the default number of classes, super-networks those of the default'
+        ' multipliers. The five `netaug_*` models come on top.',
+        '',
+        f'## Supported ({len(taken)})',
+        '',
+        '| model | parameters | super-network |',
+        '|---|---|---|',
+        *(f'| `{name}` | {params} | {wide} |' for name, params, wide, _ in taken),
+        '',
+        f'## Refused ({len(refused)})',
+        '',
+        'With a message that names the first layer in the way, before anything is changed.',
+        '',
+        '| model | because of |',
+        '|---|---|',
+        *(f'| `{name}` | {why} |' for name, _, _, why in refused),
+    ]
+    return '\n'.join(lines) + '\n'
+
+
+def main() -> None:
+    rows = [(n, millions(m), millions(s) if s else '', why) for n, m, s, why in classify()]
+    PAGE.write_text(page(rows))
+    print(f'{PAGE}: {len(rows)} models, {sum(bool(r[2]) for r in rows)} supported.')
+
+
+if __name__ == '__main__':
+    main()
