@@ -1,19 +1,23 @@
 """Checkpoints of `train.py`: written so that a kill leaves none torn, and read without running anything in them."""
 import argparse
 import os
-import pickle
 import shutil
-from typing import Any, Dict, Optional, Tuple
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Mapping, Optional, TextIO, Tuple
 
+import torch
 import torch.nn as nn
 from timm import create_model
 from timm.models import clean_state_dict, get_pretrained_cfg, load_state_dict
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .reference import is_reference
 
-__all__ = ['AtomicSaver', 'describe_run', 'read_checkpoint', 'load_run', 'classes_in_file']
+__all__ = [
+    'AtomicSaver', 'aside', 'describe_run', 'read_checkpoint', 'read_weights', 'check_finite', 'load_weights',
+    'load_run', 'classes_in_file',
+]
 
 
 def _flush(path: str) -> None:
@@ -21,17 +25,44 @@ def _flush(path: str) -> None:
         os.fsync(f.fileno())
 
 
+@contextmanager
+def aside(path: str) -> Iterator[TextIO]:
+    """Write a text file that is complete at every moment: aside, flushed to disk, then renamed."""
+    with open(f'{path}.aside', 'w', newline='', encoding='utf-8') as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f'{path}.aside', path)
+
+
 class AtomicSaver(CheckpointSaver):
-    """timm's saver, whose `last`, `model_best` and numbered files are complete at every moment."""
+    """timm's saver, whose `last`, `model_best` and numbered files are complete at every moment.
+
+    `last`, which a run is resumed from, is renamed when all that belongs to its epoch is on disk: a kill in between
+    lets the resumed run do that epoch again, best file and history included.
+    """
+
+    _late = ()
+
+    def save_checkpoint(self, epoch, metric=None):
+        self._late = []
+        result = super().save_checkpoint(epoch, metric)
+        for src, dst in self._late:
+            os.replace(src, dst)
+        return result
 
     def _save(self, save_path, epoch, metric=None):
         super()._save(save_path, epoch, metric)
         _flush(save_path)
 
     def _replace(self, src, dst):
-        os.replace(src, dst)
+        if os.path.basename(dst) == f'last{self.extension}':
+            self._late.append((src, dst))
+        else:
+            os.replace(src, dst)
 
     def _duplicate(self, src, dst):
+        src = next((aside for aside, last in self._late if last == src), src)
         aside = f'{dst}.aside'
         if os.path.exists(aside):
             os.unlink(aside)
@@ -65,11 +96,91 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
         raise UserError(f'There is no checkpoint {path}.')
     try:
         checkpoint = load_checkpoint_metadata(path)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as e:
-        raise UserError(f'{path} is not a checkpoint that PyTorch can read safely.') from e
+    except Exception as e:  # a truncated file makes torch and pickle raise nearly anything
+        raise UserError(f'{path} is not a checkpoint that PyTorch can read safely, or it is truncated:'
+                        f' {first_line(e)}.') from e
     if not isinstance(checkpoint, dict):
         raise UserError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint.')
     return checkpoint
+
+
+def read_weights(path: str, use_ema: bool = False) -> Dict[str, Any]:
+    """Read the state dict of a file in any of the formats that timm reads.
+
+    Args:
+        use_ema: Take the moving average of the weights.
+
+    Raises:
+        UserError: There is no such file, it holds no weights, or no moving average.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f'There is no checkpoint {path}.')
+    try:
+        state_dict = load_state_dict(path, use_ema=use_ema)
+    except Exception as e:  # whatever torch, pickle or safetensors find wrong in a file
+        raise UserError(f'{path} can not be read as weights, it is truncated or no checkpoint: {first_line(e)}.') from e
+    if not any(isinstance(t, torch.Tensor) for t in state_dict.values()):
+        raise UserError(f'{path} holds no weights.')
+    # timm takes the plain weights where there are no others.
+    if use_ema and (path.endswith('.safetensors') or not {'state_dict_ema', 'model_ema'} & set(read_checkpoint(path))):
+        raise UserError(f'{path} has no moving average of the weights: leave --use-ema out.')
+    return state_dict
+
+
+def check_finite(state_dict: Mapping[str, Any], source: str) -> None:
+    """Refuse weights of a training that broke down.
+
+    Args:
+        source: Name of the weights in the message.
+
+    Raises:
+        UserError: A tensor has NaN or infinite values.
+    """
+    for name, t in state_dict.items():
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and not t.isfinite().all():
+            raise UserError(f'{source} is broken, {name} has NaN or infinite values: take an earlier checkpoint.')
+
+
+def _misfit(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
+    """Tell why weights do not fit a model, and what would."""
+    here = {k: tuple(t.shape) for k, t in model.state_dict().items()}
+    there = {k: tuple(t.shape) for k, t in state_dict.items() if isinstance(t, torch.Tensor)}
+    missing = [n for n in here if n not in there and not n.endswith('num_batches_tracked')]
+    unknown = [n for n in there if n not in here]
+    other = 'it is of another architecture, whose name is needed (--model)'
+    if missing or unknown:
+        return (f'{len(missing)} of its tensors are not in the file ({", ".join(missing[:2]) or "none"}),'
+                f' {len(unknown)} in the file are not of it ({", ".join(unknown[:2]) or "none"}); {other}')
+    unlike = [n for n in here if n in there and here[n] != there[n]]
+    if not unlike:
+        return other
+    shapes = f'{unlike[0]} is {list(there[unlike[0]])} in the file and {list(here[unlike[0]])} in the model'
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    for part, flag in (('classifier', '--num-classes'), ('first_conv', '--in-chans')):
+        layers: List[str] = [cfg[part]] if isinstance(cfg.get(part), str) else list(cfg.get(part) or ())
+        if all(n.rpartition('.')[0] in layers for n in unlike):
+            return f'{shapes}: give the number that the file is of with {flag}'
+    if all(len(here[n]) == len(there[n]) and all(a <= b for a, b in zip(here[n], there[n])) for n in unlike):
+        return (f'the weights are wider ({shapes}), as those of a super-network are: `python -m timm_netaug.export`'
+                f' cuts the tiny model out of a checkpoint of train.py; else {other}')
+    return f'{shapes}; {other}'
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
+    """Load weights that must be all of the model's, no others, and finite.
+
+    Args:
+        source: Name of the weights in messages.
+
+    Raises:
+        UserError: They are broken, or of another model; the message says of what kind.
+    """
+    check_finite(state_dict, source)
+    try:
+        model.load_state_dict(state_dict)
+    except (RuntimeError, TypeError, AttributeError) as e:
+        architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+        raise UserError(f'{source} does not fit {architecture}: {_misfit(model, state_dict)}.') from e
 
 
 def load_run(path: str, use_ema: Optional[bool] = None) -> Tuple[nn.Module, Dict[str, Any], Dict[str, Any]]:
@@ -82,7 +193,7 @@ def load_run(path: str, use_ema: Optional[bool] = None) -> Tuple[nn.Module, Dict
         The model, the description of its run (see `describe_run`), and the whole checkpoint.
 
     Raises:
-        UserError: It is no checkpoint of `train.py`, or has no moving average.
+        UserError: It is no checkpoint of `train.py`, is broken, or has no moving average.
     """
     checkpoint = read_checkpoint(path)
     args = checkpoint.get('args')
@@ -93,8 +204,11 @@ def load_run(path: str, use_ema: Optional[bool] = None) -> Tuple[nn.Module, Dict
     key = 'state_dict_ema' if use_ema else 'state_dict'
     if key not in checkpoint:
         raise UserError(f'{path} has no {key}: it was trained without --model-ema.')
-    model = create_model(run['architecture'], **run['model_args'])
-    model.load_state_dict(clean_state_dict(checkpoint[key]))
+    try:
+        model = create_model(run['architecture'], **run['model_args'])
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise UserError(f'{path}: its model can not be built with this version of timm: {first_line(e)}.') from e
+    load_weights(model, clean_state_dict(checkpoint[key]), path)
     return model.eval(), run, checkpoint
 
 
@@ -104,11 +218,11 @@ def classes_in_file(path: str, model_name: str) -> Optional[int]:
     Raises:
         UserError: The file can not be read as weights, or the model's tag does not exist.
     """
+    state_dict = read_weights(path)
     try:
-        state_dict = load_state_dict(path)
         cfg = get_pretrained_cfg(model_name)
-    except Exception as e:  # whatever torch, pickle or safetensors find wrong in a file
-        raise UserError(f'{path} can not be read as weights of {model_name}: {str(e).splitlines()[0]}') from e
+    except RuntimeError as e:
+        raise UserError(f'{model_name}: {first_line(e)}.') from e
     if is_reference(state_dict):
         return next((t.shape[0] for k, t in state_dict.items() if k.endswith('linear.bias')), None)
     classifier = getattr(cfg, 'classifier', None)

@@ -1,13 +1,32 @@
 """Errors of users, and how a command tells them."""
+import difflib
 import sys
 from contextlib import contextmanager
 from typing import Iterator
 
-__all__ = ['UserError', 'told_plainly']
+from timm.models import is_model, list_models
+
+__all__ = ['UserError', 'check_model_name', 'first_line', 'told_plainly']
 
 
 class UserError(ValueError):
     """Wrong input: its message is all that a user of a command gets to see."""
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a name that neither timm nor this package registers, with the nearest one that is.
+
+    Raises:
+        UserError: One sentence with the nearest name.
+    """
+    if ':' not in name and not is_model(name):
+        near = difflib.get_close_matches(name.split('.')[0], list_models(), 1, 0)
+        raise UserError(f'Unknown model {name}; the nearest name is {near[0]}.')
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first sentence of another library's error; some have no text at all, others end with advice."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].split('. ')[0].rstrip('.')
 
 
 @contextmanager

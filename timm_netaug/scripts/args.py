@@ -1,16 +1,16 @@
 """Command lines of `train.py` and `validate.py`: timm's flags with timm's defaults, a NetAug group, and strict YAML."""
 import argparse
 import difflib
+import importlib.util
 import os
 import re
 from typing import Any, Dict, List, Optional, Sequence
 
 import yaml
-from timm.models import is_model, list_models
 from timm.utils import ParseKwargs
 
 from ..config import NetAugConfig
-from ..errors import UserError
+from ..errors import UserError, check_model_name
 
 __all__ = ['train_parser', 'validate_parser', 'parse_args', 'check_model_name', 'check_train_args',
            'check_validate_args', 'netaug_config']
@@ -119,7 +119,7 @@ def train_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('Device, precision and distribution')
     _add_compute(group)
-    _switch(group, '--no-ddp-bb', help='no broadcast of buffers in DistributedDataParallel')
+    _switch(group, '--no-ddp-bb', help='no broadcast of buffers in DistributedDataParallel (NetAug never does)')
     _switch(group, '--synchronize-step', help='wait for the device after every step')
     _flag(group, '--local_rank', type=int, default=0, metavar='N', help='set by old launchers; torchrun needs no flag')
     _flag(group, '--device-modules', nargs='+', type=str, metavar='NAME', help='Python modules of device back ends')
@@ -285,36 +285,38 @@ def validate_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('Model')
     _flag(group, '--model', '-m', default='dpn92', metavar='NAME',
-          help='timm model; a checkpoint of ours names its own')
+          help="timm model, wildcard, text file of names or 'all'; a checkpoint of ours names its own")
     _switch(group, '--pretrained', help='use the pretrained weights')
-    _flag(group, '--checkpoint', type=str, default='', metavar='FILE', help='checkpoint to evaluate')
+    _flag(group, '--checkpoint', type=str, default='', metavar='FILE', help='checkpoint, or a folder of them: each one')
     _switch(group, '--use-ema', help="use the checkpoint's EMA")
-    _switch(group, '--reparam', help='reparameterise the model')
-    _switch(group, '--test-pool', help='test-time pooling')
+    _switch(group, '--reparam', help='fuse the branches of re-parameterisable blocks')
+    _switch(group, '--test-pool', help='pool as in training where the input is larger, then average')
     _add_input(group)
     _switch(group, '--use-train-size', help="the training's input size, not the test's")
     _flag(group, '--crop-mode', type=str, metavar='MODE', help='squash, border or center')
     _flag(group, '--crop-border-pixels', type=int, metavar='N', help='crop N pixels on each side')
-    _switch(group, '--tf-preprocessing', help="TensorFlow's preprocessing")
+    _switch(group, '--tf-preprocessing', help="TensorFlow's preprocessing; needs tensorflow")
 
     group = parser.add_argument_group('Device and precision')
     _flag(group, '-j', '--workers', type=int, default=4, metavar='N', help='loader processes')
     _flag(group, '-b', '--batch-size', type=int, default=256, metavar='N', help='images in a batch')
-    _flag(group, '--num-gpu', type=int, default=1, metavar='N', help='number of GPUs')
-    _switch(group, '--aot-autograd', help='AOT autograd')
+    _flag(group, '--num-gpu', type=int, default=1, metavar='N', help='GPUs that share every batch')
+    _switch(group, '--aot-autograd', help='fuse the model with AOT Autograd')
     _add_compute(group)
 
     group = parser.add_argument_group('Results')
     _flag(group, '--log-freq', type=int, default=10, metavar='N', help='batches between log lines')
-    _flag(group, '--results-file', type=str, default='', metavar='FILE', help='write the results here')
+    _flag(group, '--results-file', type=str, default='', metavar='FILE', help='write them here, after every model')
     _flag(group, '--results-format', type=str, default='csv', metavar='FORMAT', help='csv or json')
-    _flag(group, '--real-labels', type=str, default='', metavar='FILE', help='ImageNet ReaL labels')
-    _flag(group, '--valid-labels', type=str, default='', metavar='FILE', help='indices of the valid classes')
-    _switch(group, '--retry', help='retry with smaller batches where memory is short')
+    _flag(group, '--real-labels', type=str, default='', metavar='FILE', help='JSON file of the ReaL labels of ImageNet')
+    _flag(group, '--valid-labels', type=str, default='', metavar='FILE',
+          help="text file: the model's class of each of the data set's, one index on a line")
+    _switch(group, '--retry', help='smaller batches where memory is short')
     _flag(group, '--seed', type=int, default=42, metavar='N', help='seed')
-    _flag(group, '--metrics-avg', type=str, choices=['micro', 'macro', 'weighted'], help='precision, recall and F1 too')
-    _switch(group, '--naflex-loader', help='NaFlex loader')
-    _flag(group, '--naflex-max-seq-len', type=int, default=576, metavar='N', help='its length')
+    _flag(group, '--metrics-avg', type=str, choices=['micro', 'macro', 'weighted'],
+          help='precision, recall and F1 too; needs scikit-learn')
+    _switch(group, '--naflex-loader', help='native aspect ratios, for NaFlex models')
+    _flag(group, '--naflex-max-seq-len', type=int, default=576, metavar='N', help='patches of an image, at most')
     return parser
 
 
@@ -456,17 +458,6 @@ _CHOICES = {  # timm's parser takes any string here, and falls over it later
 }
 
 
-def check_model_name(name: str) -> None:
-    """Refuse a name that neither timm nor this package registers, with the nearest one that is.
-
-    Raises:
-        UserError: One sentence with the nearest name.
-    """
-    if ':' not in name and not is_model(name):
-        near = difflib.get_close_matches(name.split('.')[0], list_models(), 1, 0)
-        raise UserError(f'Unknown model {name}; the nearest name is {near[0]}.')
-
-
 def _given(parser: argparse.ArgumentParser, args: argparse.Namespace, dests: Sequence[str]) -> Dict[str, str]:
     flags = {a.dest: a.option_strings[0] for a in parser._actions if a.option_strings}
     return {d: flags[d] for d in dests if getattr(args, d) != parser.get_default(d)}
@@ -522,9 +513,26 @@ def check_train_args(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         raise UserError('Give only one of --pretrained-path, --initial-checkpoint and --resume.')
 
 
-_VALIDATE_REFUSED = ('naflex_loader', 'naflex_max_seq_len', 'num_gpu', 'test_pool', 'fuser', 'reparam', 'torchscript',
-                     'torchcompile', 'torchcompile_mode', 'aot_autograd', 'results_file', 'results_format',
-                     'real_labels', 'valid_labels', 'retry', 'metrics_avg')
+_VALIDATE_CHOICES = {
+    **{dest: _CHOICES[dest] for dest in ('amp_dtype', 'model_dtype', 'interpolation', 'gp')},
+    'crop_mode': (None, 'squash', 'border', 'center'),
+    'fuser': ('', 'te', 'old', 'legacy'),
+    'results_format': ('csv', 'json'),
+}
+_VALIDATE_NEEDS = {
+    'amp_dtype': 'amp', 'torchcompile_mode': 'torchcompile', 'use_ema': 'checkpoint', 'results_format': 'results_file',
+    'naflex_max_seq_len': 'naflex_loader'}
+_VALIDATE_NOT_WITH = {  # each one would have no effect next to the key, or spoil it
+    'torchcompile': ('torchscript', 'aot_autograd'),
+    'torchscript': ('aot_autograd',),
+    'real_labels': ('valid_labels',),  # ReaL's labels are those of all the classes
+    'aot_autograd': ('num_gpu',),
+    'naflex_loader': ('tf_preprocessing', 'aot_autograd', 'test_pool', 'channels_last', 'crop_pct', 'crop_mode',
+                      'crop_border_pixels'),
+    'tf_preprocessing': ('no_prefetcher', 'crop_pct', 'crop_mode', 'crop_border_pixels'),
+}
+_VALIDATE_PACKAGES = {
+    'metrics_avg': ('sklearn', 'scikit-learn'), 'tf_preprocessing': ('tensorflow', 'tensorflow')}
 
 
 def check_validate_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -533,18 +541,31 @@ def check_validate_args(parser: argparse.ArgumentParser, args: argparse.Namespac
     Raises:
         UserError: One sentence with the flag's name.
     """
-    for flag in _given(parser, args, _VALIDATE_REFUSED).values():
-        raise UserError(f'{flag} is not carried out yet: leave it out.')
-    for dest in ('amp_dtype', 'model_dtype'):
-        if getattr(args, dest) not in _CHOICES[dest]:
-            raise UserError(f'--{dest.replace("_", "-")} takes float16 or bfloat16, got {getattr(args, dest)!r}.')
+    flags = {a.dest: (a.option_strings or [a.dest])[-1] for a in parser._actions}
+    given = {dest for dest in flags if hasattr(args, dest) and getattr(args, dest) != parser.get_default(dest)}
+    if args.fuser in ('nvfuser', 'nvf'):
+        raise UserError(f'--fuser {args.fuser}: PyTorch has no nvFuser for TorchScript any more; there is --fuser te.')
+    for dest, choices in _VALIDATE_CHOICES.items():
+        if getattr(args, dest) not in choices:
+            raise UserError(f'{flags[dest]} takes one of {", ".join(repr(c) for c in choices if c)},'
+                            f' got {getattr(args, dest)!r}.')
+    for dest in ('batch_size', 'num_gpu', 'log_freq', 'naflex_max_seq_len'):
+        if getattr(args, dest) < 1:
+            raise UserError(f'{flags[dest]} must be at least 1, got {getattr(args, dest)}.')
+    for dest, needs in _VALIDATE_NEEDS.items():
+        if dest in given and needs not in given:
+            raise UserError(f'{flags[dest]} does nothing without {flags[needs]}.')
+    for dest, others in _VALIDATE_NOT_WITH.items():
+        for other in others:
+            if dest in given and other in given:
+                raise UserError(f'{flags[dest]} and {flags[other]} do not go together: leave one of the two out.')
+    for dest, (module, package) in _VALIDATE_PACKAGES.items():
+        if dest in given and importlib.util.find_spec(module) is None:
+            raise UserError(f'{flags[dest]} needs {package}: pip install {package}.')
     if args.amp and args.model_dtype not in (None, 'float32'):
         raise UserError('--amp needs float32 weights: leave --model-dtype out.')
     if not args.data_dir and not args.dataset:
         raise UserError('No data set given: name its folder with --data-dir.')
-    for dest in ('interpolation', 'gp'):
-        if getattr(args, dest) not in _CHOICES[dest]:
-            raise UserError(f'--{dest} takes one of {", ".join(repr(c) for c in _CHOICES[dest] if c)},'
-                            f' got {getattr(args, dest)!r}.')
-    if args.use_ema and not args.checkpoint:
-        raise UserError('--use-ema does nothing without --checkpoint.')
+    folder = os.path.dirname(os.path.abspath(args.results_file))
+    if args.results_file and (os.path.isdir(args.results_file) or not os.path.isdir(folder)):
+        raise UserError(f'--results-file {args.results_file}: that is no name of a file in a folder that there is.')

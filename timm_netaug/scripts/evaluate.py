@@ -1,7 +1,7 @@
 """One pass over a validation set, for `train.py` and `validate.py`."""
 import logging
 from contextlib import nullcontext
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -16,6 +16,17 @@ _logger = logging.getLogger(__name__)
 def progress_bar(loader, description: str, enabled: bool = True) -> tqdm:
     """Wrap a loader in a bar that shows in a terminal only; elsewhere `disable` is set, and the caller logs lines."""
     return tqdm(loader, desc=description, disable=None if enabled else True, leave=False, dynamic_ncols=True)
+
+
+def _to_device(
+        input: Union[torch.Tensor, Dict[str, torch.Tensor]],
+        device: torch.device,
+        dtype: Optional[torch.dtype],
+) -> Union[torch.Tensor, Dict[str, torch.Tensor]]:
+    if isinstance(input, dict):  # of a NaFlex loader: patches, where in the image they are, and numbers
+        return {k: t.to(device=device, dtype=dtype if t.is_floating_point() else None) if torch.is_tensor(t) else t
+                for k, t in input.items()}
+    return input.to(device=device, dtype=dtype)
 
 
 @torch.inference_mode()
@@ -45,7 +56,7 @@ def evaluate(
     bar = progress_bar(loader, description, primary)
     last = len(loader) - 1
     for i, (input, target) in enumerate(bar):
-        input, target = input.to(device=device, dtype=dtype), target.to(device)
+        input, target = _to_device(input, device, dtype), target.to(device)
         if channels_last:
             input = input.contiguous(memory_format=torch.channels_last)
         with autocast():

@@ -1,0 +1,76 @@
+"""What `validate.py` evaluates in bulk, and the files of its results."""
+import csv
+import json
+import os
+from typing import Any, Dict, List, Optional, Tuple
+
+from timm.models import get_pretrained_cfg, is_model, list_models
+from timm.utils import natural_key
+
+from ..checkpoint import aside
+from ..errors import UserError
+
+__all__ = ['bulk_entries', 'sort_results', 'write_results']
+
+_SUFFIXES = ('.pth.tar', '.pth', '.pt', '.bin', '.safetensors')
+_PRINTED_ONLY = ('loss', 'images')  # timm's files of results have no such columns
+
+
+def bulk_entries(model: str, checkpoint: str, num_classes: int = 1000) -> Optional[List[Tuple[str, str]]]:
+    """List the models and checkpoints that `--model` and `--checkpoint` stand for, None where it is a single model.
+
+    Args:
+        model: Name, wildcard, text file of names, or 'all': those with pretrained weights.
+        checkpoint: File or folder.
+        num_classes: What 'all' must be trained for (many pretrained weights are of no classifier, or another).
+
+    Raises:
+        UserError: It stands for nothing.
+    """
+    names = None
+    if model == 'all':
+        names = [n for n in list_models(pretrained=True) if get_pretrained_cfg(n).num_classes == num_classes]
+    elif ':' not in model and any(c in model for c in '*?['):
+        # Without pretrained weights it is better to say so, name by name, than to find nothing.
+        names = list_models(model, pretrained=True) or list_models(model)
+    elif os.path.isfile(model) and not is_model(model):
+        try:
+            with open(model, encoding='utf-8') as f:
+                names = [line.strip() for line in f if line.strip()]
+        except UnicodeDecodeError as e:
+            raise UserError(f'--model {model} is no text file of names; a checkpoint goes to --checkpoint.') from e
+    if names is not None and checkpoint:
+        raise UserError(f'--checkpoint {checkpoint} needs one --model, {model} stands for {len(names)}.')
+    if names is not None and not names:
+        raise UserError(f'--model {model}: there is no such model.')
+    if names:
+        return [(name, '') for name in names]
+    if not os.path.isdir(checkpoint):
+        return None
+    files = [entry.path for entry in os.scandir(checkpoint) if entry.is_file() and entry.name.endswith(_SUFFIXES)]
+    if not files:
+        raise UserError(f'There is no checkpoint (*{", *".join(_SUFFIXES)}) in the folder {checkpoint}.')
+    return [(model, path) for path in sorted(files, key=natural_key)]
+
+
+def sort_results(results: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Order the results of a bulk run as timm does, the best first; what failed comes last."""
+    return sorted(results, key=lambda row: row.get('top1', -1.0), reverse=True)
+
+
+def write_results(path: str, results: Any, format: str) -> None:
+    """Write results in timm's format, complete at every moment.
+
+    Args:
+        results: The row of a single model, or a bulk run's list of them.
+        format: 'csv' or 'json'.
+    """
+    all_rows = results if isinstance(results, list) else [results]
+    rows = [{k: v for k, v in row.items() if k not in _PRINTED_ONLY} for row in all_rows]
+    with aside(path) as f:
+        if format == 'json':
+            json.dump(rows if isinstance(results, list) else rows[0], f, indent=4)
+        else:
+            writer = csv.DictWriter(f, list(dict.fromkeys(k for row in rows for k in row)))
+            writer.writeheader()
+            writer.writerows(rows)
