@@ -18,6 +18,9 @@ assert len(MODELS) == 5
 # Other names of the families, with every supported kind of block and head among them.
 OTHERS = ['mobilenetv2_035', 'mobilenetv3_small_050', 'mnasnet_small', 'lcnet_035', 'tinynet_e', 'fbnetc_100']
 
+# Flags of a run of a few seconds an epoch.
+SMALL_RUN = ['--model', 'test_efficientnet', '--num-classes', 10, '--img-size', 32, '--warmup-epochs', 0, '--lr', 0.05]
+
 torch.set_num_threads(1)  # the tensors are small, and CI machines are shared
 
 
@@ -73,6 +76,18 @@ def digits(tmp_path_factory) -> Path:
     import demo
     root = tmp_path_factory.mktemp('digits')
     demo.write_digits(root)
+    return root
+
+
+@pytest.fixture(scope='session')
+def few_digits(digits, tmp_path_factory) -> Path:
+    """A few of them: 24 of every class to train on, 71 in all to validate on, which no number of processes divides."""
+    root = tmp_path_factory.mktemp('few')
+    for split, count in (('train', 24), ('validation', 7)):
+        for folder in (digits / split).iterdir():
+            (root / split / folder.name).mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:count + (count == 7 and folder.name == '3')]:
+                (root / split / folder.name / file.name).symlink_to(file)
     return root
 
 

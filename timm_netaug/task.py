@@ -87,6 +87,17 @@ class NetAugTask(ClassificationTask):
         kwargs.setdefault('exclude_buffers', True)
         return super().setup_ema(*args, **kwargs)
 
+    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'NetAugTask':
+        """Wrap the super-network in DistributedDataParallel, which all-reduces the gradients.
+
+        Buffers are not broadcast unless asked for: BatchNorm's statistics are every rank's own until timm's
+        `distribute_bn` takes their mean, so that all ranks' images count.
+        """
+        super().prepare_distributed(device_ids, **ddp_kwargs)
+        if 'broadcast_buffers' not in ddp_kwargs:
+            self.trainable_module.broadcast_buffers = False
+        return self
+
     def start_update(self, step: int) -> None:
         """Choose the sub-network that every forward pass trains up to the next call."""
         self._step, self._counting = step, False
@@ -105,7 +116,9 @@ class NetAugTask(ClassificationTask):
         tiny_loss = result['loss']
         supernet = self.supernet
         with supernet.sampled(step_generator(self.seed, self._step), self.expand_only):
-            aug_loss = self.criterion(self.trainable_module(input), target)
+            # Past DistributedDataParallel: its hooks stand at the parameters, where the gradients of both passes arrive
+            # as one sum, and a second forward pass through it could broadcast buffers that the first one still needs.
+            aug_loss = self.criterion(supernet(input), target)
         if self._counting:
             self._step += 1
         loss = tiny_loss + supernet.netaug_config.alpha * aug_loss

@@ -11,13 +11,15 @@ import logging
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from datetime import datetime
 from functools import partial
-from typing import Any, Dict, List, Tuple
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import timm
@@ -55,9 +57,10 @@ from timm.utils import (
 
 import timm_netaug
 
-from ..checkpoint import AtomicSaver, classes_in_file, describe_run, read_checkpoint
+from ..checkpoint import AtomicSaver, aside, classes_in_file, describe_run, read_checkpoint
 from ..errors import UserError, told_plainly
 from .args import check_model_name, check_train_args, netaug_config, parse_args, train_parser
+from .curves import write_curves
 from .data import check_split, class_names, open_dataset
 from .evaluate import evaluate, progress_bar
 
@@ -219,7 +222,7 @@ def set_up_data(args, data_config: Dict[str, Any], device: torch.device, dtype) 
             auto_augment=args.aa,
             num_aug_repeats=args.aug_repeats,
             num_aug_splits=args.aug_splits,
-            interpolation=data_config['interpolation'] if args.no_aug else args.train_interpolation,
+            interpolation=(not args.no_aug and args.train_interpolation) or data_config['interpolation'],
             collate_fn=collate_fn,
             use_multi_epochs_loader=args.use_multi_epochs_loader,
             worker_seeding=args.worker_seeding,
@@ -269,20 +272,39 @@ def set_up_lr(args) -> None:
         _logger.info(f'Learning rate {args.lr:g}: {args.lr_base:g} x {images} / {args.lr_base_size} images ({scale}).')
 
 
-def check_resume(args, run: Dict[str, Any]) -> None:
-    """Refuse a checkpoint of another model or training, naming what differs."""
+# What may change from a run to the one that goes on with it: where it runs and what it tells.
+_FREE = ('config', 'data', 'data_dir', 'output', 'experiment', 'resume', 'no_resume_opt', 'workers', 'log_interval',
+         'recovery_interval', 'save_images', 'device', 'pin_mem', 'checkpoint_hist', 'local_rank', 'log_wandb',
+         'wandb_project', 'wandb_tags', 'wandb_resume_id', 'dataset_download', 'synchronize_step')
+
+
+def check_resume(args, parser, run: Dict[str, Any]) -> List[Optional[float]]:
+    """Refuse a checkpoint of another model or training, naming what differs, and warn of other flags.
+
+    Returns:
+        The metric after every epoch so far, which schedules that follow it are stepped with.
+    """
     saved = read_checkpoint(args.resume).get('args')
     there = getattr(saved, 'run', None)
     if there is None:
         raise UserError(f'--resume: {args.resume} is not a checkpoint of train.py.')
-    for key in ('architecture', 'model_args'):
-        if there[key] != run[key]:
-            raise UserError(f'--resume: {args.resume} has the {key} {there[key]}, this run {run[key]}.')
+    old, new = ({'architecture': r['architecture'], **r['model_args'], 'classes': r['class_names']}
+                for r in (there, run))
+    changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    if changed:
+        raise UserError(f'--resume: {args.resume} is of another model: ' + ', '.join(
+            f'{k} is {old.get(k)!r} there and {new.get(k)!r} here' for k in changed) + '.')
     if bool(there.get('netaug')) != bool(run.get('netaug')):
         raise UserError(f'--resume: {args.resume} was trained with{"" if there.get("netaug") else "out"} --netaug.')
     if saved.opt != args.opt and not args.no_resume_opt:
         raise UserError(f'--resume: {args.resume} was trained with --opt {saved.opt}: take the same, or start the'
                         f' optimizer anew with --no-resume-opt.')
+    changed = [a.dest for a in parser._actions if a.dest not in (*_FREE, 'help', 'num_classes', 'lr')
+               and getattr(saved, a.dest, None) != getattr(args, a.dest)]
+    if is_primary(args) and changed:
+        _logger.warning('Not the training that the checkpoint is of: ' + ', '.join(
+            f'{k} was {getattr(saved, k, None)!r}, is {getattr(args, k)!r}' for k in changed) + '.')
+    return there.get('metrics', [])
 
 
 def start_of_epoch_seed(seed: int, epoch: int) -> int:
@@ -304,7 +326,7 @@ def train_one_epoch(
         saver=None,
         updates_per_epoch: int = 1,
 ) -> Dict[str, float]:
-    """Train for an epoch; returns the mean of every loss that the task reports, weighted by images."""
+    """Train for an epoch; returns the means of the task's losses and of top-1 in training, weighted by images."""
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         if mixup_fn is not None:
             mixup_fn.mixup_enabled = False
@@ -315,7 +337,7 @@ def train_one_epoch(
     second_order = getattr(optimizer, 'is_second_order', False)
     primary = is_primary(args)
     meters: Dict[str, AverageMeter] = {}
-    pending: List[Tuple[Dict[str, torch.Tensor], int]] = []  # losses not read back yet: reading waits for the device
+    pending: List[Tuple[Dict[str, torch.Tensor], int]] = []  # not read back yet: reading waits for the device
     accum = args.grad_accum_steps
     batches = len(loader)
     last_accum = batches % accum or accum
@@ -363,8 +385,10 @@ def train_one_epoch(
                         )
                     optimizer.step()
         images += input.shape[0] * args.world_size
-        pending.append((
-            {k: v.detach() for k, v in result.items() if k == 'loss' or k.endswith('_loss')}, input.shape[0]))
+        values = {k: v.detach() for k, v in result.items() if k == 'loss' or k.endswith('_loss')}
+        if target.ndim == 1 and not args.aug_splits:  # not mixed
+            values['top1'] = 100 * (result['output'].detach().argmax(1) == target).float().mean()
+        pending.append((values, input.shape[0]))
         if update:
             num_updates += 1
             optimizer.zero_grad()
@@ -373,8 +397,8 @@ def train_one_epoch(
             torch.cuda.synchronize()
 
         if last or (update and i % args.log_interval < accum):
-            for losses, size in pending:
-                for key, value in losses.items():
+            for values, size in pending:
+                for key, value in values.items():
                     value = reduce_tensor(value, args.world_size) if args.distributed else value
                     meters.setdefault(key, AverageMeter()).update(value.item(), size)
             pending.clear()
@@ -401,6 +425,29 @@ def train_one_epoch(
     return {key: meter.avg for key, meter in meters.items()}
 
 
+def set_up_summary(summary: str, start_epoch: int) -> None:
+    """Keep the epochs before the one that a run goes on with.
+
+    Raises:
+        UserError: A new run would write over another one.
+    """
+    if start_epoch:
+        if os.path.exists(summary):
+            shutil.copyfile(summary, f'{summary}.aside')
+            trim_summary(f'{summary}.aside', start_epoch)
+            os.replace(f'{summary}.aside', summary)
+        return
+    folder = os.path.dirname(summary)
+    last = os.path.join(folder, 'last.pth.tar')
+    if os.path.exists(last):
+        raise UserError(f'{folder} holds a run already: go on with it by --resume {last}, or choose another'
+                        f' --experiment.')
+    if os.path.exists(summary):
+        if len(Path(summary).read_text().splitlines()) > 2:
+            raise UserError(f'{folder} holds the results of a run: choose another --experiment.')
+        os.remove(summary)  # of a run that was killed before its first checkpoint
+
+
 def write_provenance(args, parser, output_dir: str) -> None:
     """Write the resolved flags (as a config for -c) and the versions beside the results."""
     left_out = ['help', 'config', 'data', 'local_rank', 'resume', 'no_resume_opt']
@@ -408,14 +455,16 @@ def write_provenance(args, parser, output_dir: str) -> None:
         left_out.append('device')
     flags = {a.dest: getattr(args, a.dest) for a in parser._actions if a.dest not in left_out}
     flags = {k: v for k, v in flags.items() if v not in (None, [])}
-    with open(os.path.join(output_dir, 'args.yaml'), 'w') as f:
+    with aside(os.path.join(output_dir, 'args.yaml')) as f:
         yaml.safe_dump(flags, f, sort_keys=True)
-    try:
-        here = os.path.dirname(os.path.abspath(__file__))
-        git = ['git', 'describe', '--always', '--dirty']
-        revision = subprocess.run(git, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        revision = None
+    revision = None
+    checkout = Path(timm_netaug.__file__).parents[1]
+    if (checkout / '.git').exists():  # not that of a project around an environment
+        try:
+            git = ['git', 'describe', '--always', '--dirty']
+            revision = subprocess.run(git, cwd=checkout, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            pass
     versions = dict(
         python=platform.python_version(),
         torch=torch.__version__,
@@ -425,7 +474,7 @@ def write_provenance(args, parser, output_dir: str) -> None:
         revision=revision,
         command=[os.path.basename(sys.argv[0]), *sys.argv[1:]],
     )
-    with open(os.path.join(output_dir, 'versions.json'), 'w') as f:
+    with aside(os.path.join(output_dir, 'versions.json')) as f:
         json.dump(versions, f, indent=2)
         f.write('\n')
 
@@ -490,8 +539,9 @@ def train() -> None:
 
     task = set_up_task(args, model, device)
     resume_epoch = None
+    history: List[Optional[float]] = []  # the metric after every epoch
     if args.resume:
-        check_resume(args, run)
+        history = check_resume(args, parser, run)
         try:
             resume_epoch = resume_task_checkpoint(
                 task,
@@ -514,8 +564,8 @@ def train() -> None:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
     if args.distributed:
-        task.prepare_distributed(
-            device_ids=[device] if device.type == 'cuda' else None, broadcast_buffers=not args.no_ddp_bb)
+        ddp_kwargs = dict(broadcast_buffers=False) if args.no_ddp_bb and not args.netaug else {}
+        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None, **ddp_kwargs)
 
     updates_per_epoch = -(-len(loader_train) // args.grad_accum_steps)
     decreasing = args.eval_metric == 'loss'
@@ -528,9 +578,16 @@ def train() -> None:
     if lr_scheduler is not None and start_epoch > 0:
         if args.sched_on_updates:
             lr_scheduler.step_update(start_epoch * updates_per_epoch)
+        elif len(history) >= start_epoch:
+            for epoch in range(start_epoch):  # a plateau is found in the whole history alone
+                lr_scheduler.step(epoch + 1, history[epoch])
         else:
             lr_scheduler.step(start_epoch)
+    history = (history + [None] * start_epoch)[:start_epoch]
 
+    if args.resume and start_epoch == num_epochs:
+        _logger.info(f'All {num_epochs} epochs of {args.resume} are done.')
+        return
     if start_epoch >= num_epochs:
         raise UserError(f'There is nothing to train: the run would start at epoch {start_epoch} of {num_epochs}.'
                         f' Raise --epochs.')
@@ -543,9 +600,8 @@ def train() -> None:
             [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
         output_dir = get_outdir(args.output or os.path.join('output', 'train'), name)
         summary = os.path.join(output_dir, 'summary.csv')
-        if start_epoch == 0 and os.path.exists(summary):
-            raise UserError(f'{output_dir} holds a run already: go on with it by --resume'
-                            f' {os.path.join(output_dir, "last.pth.tar")}, or choose another --experiment.')
+        resumed_here = args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(output_dir)
+        set_up_summary(summary, start_epoch if resumed_here else 0)
         write_provenance(args, parser, output_dir)
         args.run = run  # travels in every checkpoint
         saver = AtomicSaver(
@@ -559,9 +615,8 @@ def train() -> None:
             max_history=args.checkpoint_hist,
             task=task,
         )
-        if args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(output_dir):
+        if resumed_here:
             saver.load_state_dict_from_checkpoint(args.resume)
-        trim_summary(summary, start_epoch)
         _logger.info(f'Epochs {start_epoch} to {num_epochs - 1}, results in {output_dir}')
         if args.log_wandb:
             try:
@@ -576,7 +631,6 @@ def train() -> None:
         evaluate, loader=loader_eval, device=device, dtype=dtype, autocast=autocast, channels_last=args.channels_last,
         log_interval=args.log_interval, distributed=args.distributed, primary=primary)
     evaluator = partial(task.create_evaluator, max_samples=evaluation_sample_limit(loader_eval))
-    metric = None  # the last one measured
     for epoch in range(start_epoch, num_epochs):
         # Every epoch starts from seed, rank and its own number, so that a resumed run draws as an undisturbed one.
         random_seed(start_of_epoch_seed(args.seed, epoch), args.rank)
@@ -592,29 +646,32 @@ def train() -> None:
             epoch, task, loader_train, optimizer, args, device, dtype, autocast, loss_scaler, lr_scheduler, mixup_fn,
             saver, updates_per_epoch)
 
+        validate_ema = task.has_ema() and not args.model_ema_force_cpu
+        if args.distributed and args.dist_bn in ('broadcast', 'reduce'):
+            for ema in (False, True) if validate_ema else (False,):
+                distribute_bn(task.get_trainable_module(ema=ema), args.world_size, args.dist_bn == 'reduce')
         metrics = {}
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs:
-            distribute = args.distributed and args.dist_bn in ('broadcast', 'reduce')
-            if distribute:
-                distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
             metrics = evaluate_(task.get_eval_model(), evaluator=evaluator())
-            if task.has_ema() and not args.model_ema_force_cpu:
-                if distribute:
-                    distribute_bn(task.get_trainable_module(ema=True), args.world_size, args.dist_bn == 'reduce')
+            if validate_ema:
                 metrics = evaluate_(task.get_eval_model(ema=True), evaluator=evaluator(), description='Validate EMA')
-        metric = metrics.get(args.eval_metric, metric)
+        history.append(metrics.get(args.eval_metric, history[-1] if history else None))  # the last one measured
+        run['metrics'] = history
         if primary:
             lrs = [group['lr'] for group in optimizer.param_groups]
             # An epoch without validation leaves its columns empty, not out.
             row = metrics or dict.fromkeys(evaluator().metric_names, '')
             update_summary(epoch, train_metrics, row, summary, lr=sum(lrs) / len(lrs), log_wandb=args.log_wandb)
+            write_curves(summary, os.path.join(output_dir, 'curves.png'), f'eval_{args.eval_metric}', decreasing)
             saver.save_checkpoint(epoch, metric=metrics.get(args.eval_metric))
             _logger.info(f'Epoch {epoch}: ' + '  '.join(
                 f'{split}_{k} {v:.4g}'
                 for split, values in (('train', train_metrics), ('eval', metrics)) for k, v in values.items()))
         if lr_scheduler is not None:
-            lr_scheduler.step(epoch + 1, metric)
+            lr_scheduler.step(epoch + 1, history[-1])
 
+    if args.distributed:
+        torch.distributed.destroy_process_group()
     if primary and saver.best_metric is not None:
         best = os.path.join(output_dir, 'model_best.pth.tar')
         loading = [f"'{run['architecture']}'", f"checkpoint_path='{best}'"] + [

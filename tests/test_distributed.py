@@ -1,0 +1,83 @@
+"""torchrun with two and three processes on gloo, against one process that does the same over the shards in turn."""
+import copy
+import csv
+import json
+
+import pytest
+import torch
+
+from conftest import ROOT, SMALL_RUN, run_python
+from distributed_worker import STEPS, setup, shards
+
+# Two numbers have one sum; the sum of three depends on the order that they arrive in, by a rounding each.
+TOLERANCE = {2: 0.0, 3: 1e-6}
+
+
+def torchrun(processes, *command, **kwargs):
+    return run_python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', processes, *command, **kwargs)
+
+
+def largest(a, b):
+    """The largest difference between two dicts of tensors, relative to the largest value of each."""
+    assert a.keys() == b.keys()
+    return max(((a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1e-3)).item() for k in a)
+
+
+@pytest.mark.parametrize('processes, accum', [(2, 1), (3, 1), (2, 2)])
+def test_step(processes, accum, tmp_path):
+    torchrun(processes, ROOT / 'tests/distributed_worker.py', tmp_path, accum)
+    ranks = [torch.load(tmp_path / f'{r}.pt', weights_only=True) for r in range(processes)]
+
+    # One process: a copy of the first rank's network for every shard, stepped with the mean of the gradients.
+    tasks = [copy.deepcopy(setup()) for _ in range(processes)]
+    optimizers = [torch.optim.SGD(t.parameters(), lr=0.01, momentum=0.9) for t in tasks]
+    worst = 0.0
+    for step, micro in enumerate(shards(processes, accum)):
+        for batches in micro:
+            for task, batch in zip(tasks, batches):
+                task.start_update(step)
+                (task(*batch)['loss'] / accum).backward()
+        means = {k: sum(t.supernet.get_parameter(k).grad for t in tasks) / processes for k in ranks[0]['grads'][step]}
+        for rank in ranks:
+            assert all(torch.equal(rank['grads'][step][k], ranks[0]['grads'][step][k]) for k in means)
+        worst = max(worst, largest(ranks[0]['grads'][step], means))
+        for task, optimizer in zip(tasks, optimizers):
+            for k, p in task.supernet.named_parameters():
+                p.grad = ranks[0]['grads'][step][k].clone()  # so that a rounding is not carried on
+            optimizer.step()
+            optimizer.zero_grad()
+    assert worst <= TOLERANCE[processes], worst
+
+    assert all(r['widths'] == ranks[0]['widths'] for r in ranks)
+    assert len({tuple(w.values()) for w in ranks[0]['widths']}) == STEPS and len(ranks[0]['widths']) == STEPS * accum
+    for rank, task in zip(ranks, tasks):  # every rank's own statistics are those of its shard
+        own = dict(task.supernet.named_buffers())
+        assert all(torch.equal(own[k], rank['own'][k]) for k in own)
+        assert all(torch.equal(rank['state'][k], ranks[0]['state'][k]) for k in rank['state'])
+    means = {k: sum(r['own'][k] for r in ranks) / processes for k in ranks[0]['own'] if 'running' in k}
+    assert len(means) > 60
+    assert largest({k: ranks[0]['state'][k] for k in means}, means) <= TOLERANCE[processes]
+
+
+@pytest.mark.parametrize('processes', [2, 3])
+def test_train(processes, few_digits, tmp_path):
+    """The whole script: every validation image counts once, and the first process alone writes."""
+    done = torchrun(
+        processes, ROOT / 'train.py', '--data-dir', few_digits, *SMALL_RUN, '--netaug', '-b', 20, '-j', 0,
+        '--epochs', 2, '--output', tmp_path, '--experiment', 'run')
+    assert done.stdout.count('Best top1') == 1
+    rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
+    assert [r['epoch'] for r in rows] == ['0', '1'] and [p.name for p in tmp_path.iterdir()] == ['run']
+    images = len(list((few_digits / 'validation').glob('*/*.png')))
+    assert images % processes
+    done = run_python('validate.py', '--checkpoint', tmp_path / 'run/last.pth.tar', '--data-dir', few_digits, '-j', 0)
+    result = json.loads(done.stdout[done.stdout.index('{'):])
+    assert result['top1'] == pytest.approx(float(rows[-1]['eval_top1']), abs=1e-4)
+    assert result['loss'] == pytest.approx(float(rows[-1]['eval_loss']), abs=1e-5)
+
+
+def test_wrong_input_ends_all_processes(few_digits, tmp_path):
+    done = torchrun(2, ROOT / 'train.py', '--data-dir', few_digits, *SMALL_RUN, '--model', 'mixnet_s', '-b', 20, '--netaug',
+                    '--output', tmp_path, check=False)
+    assert done.returncode and "module 'blocks.1.0.conv_pw' of type MixedConv2d" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,165 @@
+"""A run that is killed and resumed ends as one that was left alone: weights, metrics, files, to the last bit on CPU."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import ROOT, SMALL_RUN, run_python
+from timm_netaug.checkpoint import AtomicSaver
+
+# How many moments to kill at: they are random, so more of them are more thorough.
+KILLS = int(os.environ.get('NETAUG_TEST_KILLS', 2))
+# Everything with a state of its own: workers, momentum, EMA, erasing, mixup, dropout, a plateau, a short history.
+FLAGS = [*SMALL_RUN, '--netaug', '-b', 30, '-j', 2, '--epochs', 5, '--model-ema', '--model-ema-decay', 0.5, '--reprob',
+         0.3, '--mixup', 0.2, '--mixup-off-epoch', 3, '--drop', 0.1, '--sched', 'plateau', '--patience-epochs', 0,
+         '--checkpoint-hist', 2, '--lr', 0.5]
+
+
+def flat(value, name=''):
+    """All tensors and numbers of a nested state, by path."""
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flat(item, f'{name}.{key}').items()}
+    if isinstance(value, (list, tuple)):
+        return {k: v for i, item in enumerate(value) for k, v in flat(item, f'{name}.{i}').items()}
+    return {name: value}
+
+
+def assert_same_run(a, b):
+    assert (a / 'summary.csv').read_text() == (b / 'summary.csv').read_text()
+    assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
+    files = sorted(p.name for p in a.glob('*.pth.tar'))
+    assert len(files) == 4  # last, best, and the two of the history
+    for name in files:
+        one, two = (torch.load(d / name, weights_only=False) for d in (a, b))
+        assert one['args'].run == two['args'].run
+        one, two = ({k: v for k, v in flat(c).items() if not k.startswith('.args')} for c in (one, two))
+        assert one.keys() == two.keys() and len(one) > 500
+        for key in one:
+            if torch.is_tensor(one[key]):
+                assert torch.equal(one[key], two[key]), (name, key)
+            else:
+                assert one[key] == two[key], (name, key)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(few_digits, tmp_path_factory):
+    out = tmp_path_factory.mktemp('undisturbed')
+    start = time.time()
+    run_python('train.py', '--data-dir', few_digits, *FLAGS, '--output', out, '--experiment', 'run')
+    return out / 'run', time.time() - start
+
+
+@pytest.mark.parametrize('kill', range(KILLS))
+def test_killed_at_any_moment(kill, undisturbed, few_digits, tmp_path):
+    want, seconds = undisturbed
+    command = [sys.executable, 'train.py', '--data-dir', few_digits, *FLAGS, '--output', tmp_path, '--experiment', 'run']
+    last = tmp_path / 'run/last.pth.tar'
+    for attempt in range(20):
+        resume = ['--resume', last] if last.exists() else []
+        process = subprocess.Popen(
+            [str(c) for c in command + resume], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
+        try:
+            # One kill, and a second one now and then; those before the first epoch's end start anew.
+            process.wait(random.uniform(0.3, 1.0) * seconds if attempt < 2 else 600)
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0
+    for file in (tmp_path / 'run').glob('*.aside'):
+        file.unlink()  # what a kill cut short is left there
+    for name in ('tmp.pth.tar', 'recovery_tmp.pth.tar'):
+        (tmp_path / 'run' / name).unlink(missing_ok=True)
+    assert_same_run(want, tmp_path / 'run')
+
+
+def test_best_file_and_history_survive_a_kill_between_files(tmp_path, monkeypatch):
+    """Killed between any two steps of a save: what is there is whole, and doing the epoch again mends the rest."""
+    metrics = [3.0, 1.0, 4.0, 1.5, 5.0, 9.0, 2.0]
+
+    def saver(folder):
+        model = torch.nn.Linear(2, 2)
+        folder.mkdir(exist_ok=True)
+        return AtomicSaver(model, torch.optim.SGD(model.parameters(), lr=0.1), checkpoint_dir=str(folder), max_history=2)
+
+    def state(folder):
+        files = {p.name: torch.load(p, weights_only=True)['epoch'] for p in folder.glob('*.pth.tar')}
+        return {k: v for k, v in files.items() if k != 'tmp.pth.tar'}
+
+    whole = saver(tmp_path / 'whole')
+    for epoch, metric in enumerate(metrics):
+        whole.save_checkpoint(epoch, metric)
+    want = state(tmp_path / 'whole')
+    assert want == {'last.pth.tar': 6, 'model_best.pth.tar': 5, 'checkpoint-5.pth.tar': 5, 'checkpoint-4.pth.tar': 4}
+
+    class Kill(BaseException):
+        pass
+
+    kills = 0
+    for function in ('replace', 'link', 'remove', 'unlink'):
+        for nth in range(1, 40):
+            folder = tmp_path / f'{function}-{nth}'
+            calls, real = [0], getattr(os, function)
+
+            def dying(*args, **kwargs):
+                calls[0] += 1
+                if calls[0] == nth:
+                    raise Kill
+                return real(*args, **kwargs)
+
+            epoch, one = 0, saver(folder)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, function, dying)
+                try:
+                    while epoch < len(metrics):
+                        one.save_checkpoint(epoch, metrics[epoch])
+                        epoch += 1
+                except Kill:
+                    kills += 1
+            one = saver(folder)
+            last = folder / 'last.pth.tar'
+            start = 0
+            if last.exists():
+                one.load_state_dict_from_checkpoint(str(last))
+                start = torch.load(last, weights_only=True)['epoch'] + 1
+            assert start in (epoch, epoch + 1)
+            for again in range(start, len(metrics)):
+                one.save_checkpoint(again, metrics[again])
+            assert state(folder) == want, (function, nth)
+            assert (one.best_metric, one.best_epoch) == (9.0, 5)
+            if calls[0] < nth:
+                break
+    assert kills > 20
+
+
+def test_resumed_history_of_a_plateau(undisturbed):
+    """The schedule of the runs above did follow the metric, so that they tell something of it."""
+    rows = (undisturbed[0] / 'summary.csv').read_text().splitlines()
+    assert len({row.rsplit(',', 1)[1] for row in rows[1:]}) > 1
+
+
+@pytest.mark.parametrize('argv, said', [
+    (['--model', 'netaug_mcunet'], "architecture is 'test_efficientnet' there and 'netaug_mcunet' here"),
+    (['--num-classes', 12], 'num_classes is 10 there and 12 here'),
+    (['--netaug-divisor', 8], 'divisor is 1 there and 8 here'),
+    (['--bn-eps', 0.1], 'bn_eps is None there and 0.1 here'),
+])
+def test_changed_model_is_refused_by_name(argv, said, undisturbed, few_digits, tmp_path):
+    before = (undisturbed[0] / 'summary.csv').read_text()
+    done = run_python('train.py', '--data-dir', few_digits, *FLAGS, '--epochs', 9, *argv, '--resume',
+                      undisturbed[0] / 'last.pth.tar', '--output', tmp_path, check=False)
+    assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
+    assert not list(tmp_path.iterdir()) and (undisturbed[0] / 'summary.csv').read_text() == before
+
+
+def test_changed_flags_are_told(undisturbed, few_digits, tmp_path):
+    done = run_python('train.py', '--data-dir', few_digits, *FLAGS, '--epochs', 6, '--smoothing', 0.2, '--resume',
+                      undisturbed[0] / 'last.pth.tar', '--output', tmp_path)
+    assert 'smoothing was 0.1, is 0.2' in done.stderr and 'epochs was 5, is 6' in done.stderr
+    assert 'seed was' not in done.stderr
