@@ -1,0 +1,69 @@
+"""Every command and every piece of code of the documentation, as it stands there."""
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+PAGES = {page: (ROOT / page).read_text() for page in ('README.md', 'docs/tutorial.md', 'docs/training.md')}
+
+
+def blocks(page, language):
+    """Code blocks of a page, without those that a comment marks: CI or another test runs them."""
+    text = re.sub(r'<!-- [^>]+ -->\s*```.*?```', '', PAGES[page], flags=re.S)
+    return re.findall(rf'```{language}\n(.*?)```', text, re.S)
+
+
+def run(command, cwd):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT),
+           'PATH': os.path.dirname(sys.executable) + os.pathsep + os.environ['PATH']}
+    done = subprocess.run(['bash', '-euo', 'pipefail', '-c', command], cwd=cwd, env=env, capture_output=True, text=True,
+                          timeout=600)
+    assert done.returncode == 0, f'{command}\n{done.stdout}{done.stderr}'
+    return done.stdout
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    for name in ('train.py', 'validate.py', 'demo.py', 'hfconfigs'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def test_tutorial(checkout):
+    commands = blocks('docs/tutorial.md', 'bash')
+    assert len(commands) == 7
+    out = [run(command, checkout) for command in commands]
+    assert 'bytes' in out[1] and 'timm.create_model' in out[2] and '"top1"' in out[4]
+    assert (checkout / 'runs/results.csv').read_text().count('\n') > 4
+    code = blocks('docs/tutorial.md', 'python')
+    assert len(code) == 2
+    (checkout / 'code.py').write_text('\n'.join(code))
+    label, *features = run('python code.py', checkout).splitlines()
+    assert re.fullmatch(r'\d: \d+%', label)
+    assert [f.split()[:2] for f in features] == [
+        [str(c), str(s)] for c, s in zip((8, 8, 16, 32, 112), (2, 4, 8, 16, 32))]
+
+
+def test_readme_commands(checkout, few_digits):
+    """Those for which the reader puts in a folder of images, shortened to an epoch."""
+    commands = [b for b in blocks('README.md', 'bash')]
+    assert len(commands) >= 2
+    for command in commands:
+        command = re.sub(r'\b(DATA|CIFAR10)\b', str(few_digits), command)
+        run(re.sub(r'--epochs \d+', '--epochs 1 -b 60', command), checkout)
+
+
+def test_names_in_the_docs_are_real():
+    """Files that the pages name are there, and so are the flags of the scripts."""
+    from timm_netaug.scripts.args import train_parser, validate_parser
+    known = {s for p in (train_parser(), validate_parser()) for a in p._actions for s in a.option_strings}
+    torchrun = {'--nnodes', '--nproc-per-node', '--rdzv-backend', '--rdzv-endpoint', '--rdzv-id', '--max-restarts'}
+    for page, text in PAGES.items():
+        flags = set(re.findall(r'(?<![\w-])(--[a-z][a-z0-9-]+)', text)) - torchrun - {'--layers', '--samples'}
+        assert flags and flags <= known, (page, flags - known)
+        files = set(re.findall(r'`((?:docs|tests|timm_netaug|hfconfigs)/[\w./]*)`', text))
+        assert files and all((ROOT / f).exists() for f in files), (page, [f for f in files if not (ROOT / f).exists()])
