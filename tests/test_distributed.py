@@ -2,6 +2,10 @@
 import copy
 import csv
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -77,7 +81,26 @@ def test_train(processes, few_digits, tmp_path):
 
 
 def test_wrong_input_ends_all_processes(few_digits, tmp_path):
-    done = torchrun(2, ROOT / 'train.py', '--data-dir', few_digits, *SMALL_RUN, '--model', 'mixnet_s', '-b', 20, '--netaug',
-                    '--output', tmp_path, check=False)
+    done = torchrun(
+        2, ROOT / 'train.py', '--data-dir', few_digits, *SMALL_RUN, '--model', 'mixnet_s', '-b', 20, '--netaug',
+        '--output', tmp_path, check=False)
     assert done.returncode and "module 'blocks.1.0.conv_pw' of type MixedConv2d" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_two_machines(few_digits, tmp_path):
+    """The command of the docs, started twice: the two of this machine meet at a port as those of two machines would."""
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = s.getsockname()[1]
+    command = [
+        sys.executable, '-m', 'torch.distributed.run', '--nnodes', 2, '--nproc-per-node', 1, '--rdzv-backend', 'c10d',
+        '--rdzv-endpoint', f'localhost:{port}', '--rdzv-id', 'run', 'train.py', '--data-dir', few_digits, *SMALL_RUN,
+        '--netaug', '-b', 60, '-j', 0, '--epochs', 1, '--output', tmp_path, '--experiment', 'run']
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    machines = [subprocess.Popen([str(c) for c in command], cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    outputs = [m.communicate(timeout=300)[0] for m in machines]
+    assert all(m.returncode == 0 for m in machines), outputs
+    assert sorted(o.count('Best top1') for o in outputs) == [0, 1]
+    assert len((tmp_path / 'run/summary.csv').read_text().splitlines()) == 2

@@ -57,7 +57,8 @@ def undisturbed(few_digits, tmp_path_factory):
 @pytest.mark.parametrize('kill', range(KILLS))
 def test_killed_at_any_moment(kill, undisturbed, few_digits, tmp_path):
     want, seconds = undisturbed
-    command = [sys.executable, 'train.py', '--data-dir', few_digits, *FLAGS, '--output', tmp_path, '--experiment', 'run']
+    command = [
+        sys.executable, 'train.py', '--data-dir', few_digits, *FLAGS, '--output', tmp_path, '--experiment', 'run']
     last = tmp_path / 'run/last.pth.tar'
     for attempt in range(20):
         resume = ['--resume', last] if last.exists() else []
@@ -85,8 +86,9 @@ def test_best_file_and_history_survive_a_kill_between_files(tmp_path, monkeypatc
 
     def saver(folder):
         model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         folder.mkdir(exist_ok=True)
-        return AtomicSaver(model, torch.optim.SGD(model.parameters(), lr=0.1), checkpoint_dir=str(folder), max_history=2)
+        return AtomicSaver(model, optimizer, checkpoint_dir=str(folder), max_history=2)
 
     def state(folder):
         files = {p.name: torch.load(p, weights_only=True)['epoch'] for p in folder.glob('*.pth.tar')}

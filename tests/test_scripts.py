@@ -140,8 +140,8 @@ def test_run_with_netaug(run_dir):
     assert run['class_names'] == [str(i) for i in range(10)]
     assert run['data_config']['input_size'] == (3, 32, 32) and run['data_config']['crop_pct'] == 1.0
     assert set(p.name for p in run_dir.iterdir()) == {
-        'args.yaml', 'versions.json', 'summary.csv', 'curves.png', 'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar',
-        'checkpoint-1.pth.tar'}
+        'args.yaml', 'versions.json', 'summary.csv', 'curves.png', 'last.pth.tar', 'model_best.pth.tar',
+        'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar'}
     again = parse_args(train_parser(), ['-c', str(run_dir / 'args.yaml')])  # a run's flags are a config for the next
     assert again.epochs == 2 and again.netaug and again.mean == [0.3]
 
