@@ -56,10 +56,11 @@ def page(rows: list) -> str:
     lines = [
         '# Models that can be trained with `--netaug`',
         '',
-        f'Written by `python docs/models.py` from timm {timm.__version__}: the {len(rows)} models of its files '
-        + ' and '.join(f'`{m}.py`' for m in MODULES) + f', of which {len(taken)} are supported and {len(refused)} are'
-        ' refused. Parameters are those with the default number of classes, super-networks those of the default'
-        ' multipliers. The five `netaug_*` models come on top.',
+        f'Written by `python docs/models.py` from timm {timm.__version__}: the {len(rows)} models of its files',
+        ' and '.join(f'`{m}.py`' for m in MODULES)
+        + f', of which {len(taken)} are supported and {len(refused)} refused.',
+        'Parameters are those with the default number of classes, super-networks those of the default multipliers.',
+        'The five `netaug_*` models come on top.',
         '',
         f'## Supported ({len(taken)})',
         '',

@@ -66,9 +66,8 @@ def test_step(processes, accum, tmp_path):
 @pytest.mark.parametrize('processes', [2, 3])
 def test_train(processes, few_digits, tmp_path):
     """The whole script: every validation image counts once, and the first process alone writes."""
-    done = torchrun(
-        processes, ROOT / 'train.py', '--data-dir', few_digits, *SMALL_RUN, '--netaug', '-b', 20, '-j', 0,
-        '--epochs', 2, '--output', tmp_path, '--experiment', 'run')
+    command = [ROOT / 'train.py', '--data-dir', few_digits, *SMALL_RUN, '--netaug', '-b', 20, '-j', 0, '--epochs', 2]
+    done = torchrun(processes, *command, '--output', tmp_path, '--experiment', 'run')
     assert done.stdout.count('Best top1') == 1
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert [r['epoch'] for r in rows] == ['0', '1'] and [p.name for p in tmp_path.iterdir()] == ['run']
@@ -76,6 +75,15 @@ def test_train(processes, few_digits, tmp_path):
     assert images % processes
     done = run_python('validate.py', '--checkpoint', tmp_path / 'run/last.pth.tar', '--data-dir', few_digits, '-j', 0)
     result = json.loads(done.stdout[done.stdout.index('{'):])
+    if processes == 2:  # resumed from the first epoch, it ends with the same weights
+        resume = ['--resume', tmp_path / 'run/checkpoint-0.pth.tar', '--output', tmp_path / 'again']
+        torchrun(processes, *command, *resume, '--experiment', 'run')
+        one, two = (torch.load(d / 'run/last.pth.tar', weights_only=False)['task_state']['supernet']
+                    for d in (tmp_path, tmp_path / 'again'))
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+        # What the first process alone can know ends both with its sentence.
+        done = torchrun(processes, *command, '--output', tmp_path, '--experiment', 'run', check=False)
+        assert done.returncode and done.stderr.count('holds a run already') == 2
     assert result['top1'] == pytest.approx(float(rows[-1]['eval_top1']), abs=1e-4)
     assert result['loss'] == pytest.approx(float(rows[-1]['eval_loss']), abs=1e-5)
 

@@ -108,7 +108,8 @@ def reference(args, data, batches):
 def test_same_training(model, argv, few_digits, tmp_path, monkeypatch):
     argv = [str(a) for a in [
         '--data-dir', few_digits, '--model', model, '--num-classes', 10, '--img-size', 32, '--crop-pct', 1.0,
-        '--no-aug', '-j', 0, '-b', 80, '-vb', 71, '--epochs', EPOCHS, '--output', tmp_path, '--experiment', 'run', *argv]]
+        '--no-aug', '-j', 0, '-b', 80, '-vb', 71, '--epochs', EPOCHS, '--output', tmp_path, '--experiment', 'run',
+        *argv]]
     batches, forward = [], ClassificationTask.forward
 
     def spy(task, input, target):

@@ -219,6 +219,10 @@ def broken(what):
         model.blocks[1][0].aa = nn.AvgPool2d(1)
     elif what == 'statistics':
         model.blocks[1][0].bn1.running_mean = None
+    elif what == 'across channels':
+        model.blocks[1][0].bn1.act = nn.Softmax2d()
+    elif what == 'hook':
+        model.blocks[1][0].register_forward_hook(lambda *_: None)
     elif what == 'block':
         model.blocks[1][0] = nn.Identity()
     return model
@@ -228,7 +232,8 @@ def broken(what):
     ('subclass', 'blocks.1.0.conv_dw', 'OtherConv'), ('activation', 'blocks.1.0.bn1.act', 'PReLU'),
     ('norm', 'blocks.1.0.bn1', 'GroupNorm'), ('groups', 'blocks.1.0.conv_pw', 'Conv2d'),
     ('anti-aliasing', 'blocks.1.0.aa', 'AvgPool2d'), ('block', 'blocks.1.0', 'Identity'),
-    ('statistics', 'blocks.1.0.bn1', 'BatchNormAct2d'),
+    ('statistics', 'blocks.1.0.bn1', 'BatchNormAct2d'), ('across channels', 'blocks.1.0.bn1.act', 'Softmax2d'),
+    ('hook', 'blocks.1.0', 'InvertedResidual'),
 ])
 def test_refusals_name_the_module(what, module, kind):
     model = broken(what)
@@ -237,6 +242,12 @@ def test_refusals_name_the_module(what, module, kind):
         augment(model)
     assert_same_state(snapshot(model), before)
     assert [type(m) for m in model.modules()] == types
+
+
+def test_classifier_without_bias():
+    model = make('netaug_mcunet')
+    model.classifier = nn.Linear(model.num_features, 10, bias=False)
+    assert_equal_networks(augment(model).eval(), model.eval(), images(2))
 
 
 @pytest.mark.parametrize('name, kwargs', [

@@ -8,13 +8,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models import reparameterize_model
 
-import timm_netaug
 from conftest import ROOT, make, make_supernet
 from timm_netaug.checkpoint import describe_run
 from timm_netaug.errors import UserError
@@ -97,7 +95,7 @@ def hits_in(logits, labels, k):
 def test_every_flag_is_read():
     """No flag is parsed and then forgotten."""
     code = ''.join((ROOT / 'timm_netaug/scripts' / f'{name}.py').read_text()
-                   for name in ('validate', 'subject', 'results', 'labels', 'data', 'evaluate'))
+                   for name in ('validate', 'subject', 'results', 'labels', 'data', 'device', 'evaluate'))
     checks = (ROOT / 'timm_netaug/scripts/args.py').read_text()
     checks = checks[checks.index('def check_validate_args'):]
     by_timm = {'input_size', 'img_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation'}

@@ -86,7 +86,7 @@ def _place(nodes: Sequence[Node], inputs: Sequence[str]) -> Tuple[Dict[Node, _St
         if node not in storages or node in in_place or not is_elementwise:
             continue
         for storage in (storages[n] for n in node.all_input_nodes if n in storages):
-            if storage.last == i and storage.size >= storages[node].size:
+            if storage.last == i and storage.size == storages[node].size:
                 storage.last = i - 1  # the output has taken its place
                 in_place.add(node)
                 break

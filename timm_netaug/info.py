@@ -52,7 +52,7 @@ def describe(
         model: nn.Module,
         input_size: Optional[Sequence[int]] = None,
         config: Optional[NetAugConfig] = None,
-        samples: int = 100,
+        samples: int = 200,
 ) -> Dict[str, Any]:
     """Tell what a model costs, as plain data. The model and the global generators are left as they are.
 
@@ -159,7 +159,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--num-classes', type=int, metavar='N', help="classes; the model's own")
     parser.add_argument('--layers', action='store_true', help='list every operator')
     parser.add_argument('--json', action='store_true', help='print JSON')
-    parser.add_argument('--samples', type=int, default=100, metavar='N', help='augmented networks to average (100)')
+    parser.add_argument('--samples', type=int, default=200, metavar='N', help='augmented networks to average (200)')
     parser.add_argument('--netaug-width-mults', nargs='+', type=float, metavar='M', help='as for train.py')
     parser.add_argument('--netaug-expand-mults', nargs='+', type=float, metavar='M', help='as for train.py')
     parser.add_argument('--netaug-divisor', type=int, metavar='N', help='as for train.py')

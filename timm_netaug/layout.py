@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from typing import Callable, Dict, List, NoReturn, Optional, Tuple
 
 import torch.nn as nn
-from timm.layers import BatchNormAct2d, ConvNormAct, DropPath, LayerScale2d, Linear, SelectAdaptivePool2d
+from timm.layers import (
+    BatchNormAct2d,
+    ConvNormAct,
+    DropPath,
+    LayerScale2d,
+    Linear,
+    SelectAdaptivePool2d,
+    activations,
+    activations_me,
+)
 from timm.models._efficientnet_blocks import (
     ConvBnAct,
     DepthwiseSeparableConv,
@@ -108,6 +117,13 @@ _BLOCKS = {
     ),
 }
 _MODELS = (EfficientNet, MobileNetV3)
+# Layers without tensors that treat every channel alike, whichever others there are.
+_ELEMENTWISE = (
+    nn.Identity, nn.Flatten, nn.Dropout, DropPath, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.SiLU,
+    nn.Mish, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus,
+    *(t for m in (activations, activations_me) for t in vars(m).values()
+      if isinstance(t, type) and issubclass(t, nn.Module)),
+)
 
 
 class _Tracer:
@@ -223,19 +239,20 @@ class _Tracer:
         self.layer('norm_head' if type(model) is MobileNetV3 else 'bn2', channels)
         if type(model.classifier) is not nn.Identity:
             self.get('classifier', nn.Linear, Linear)
-            self.put('classifier', 'linear', weight={1: channels})
-            self.layout.axes['classifier.bias'] = {}
+            self.put('classifier', 'linear', weight={1: channels}, bias={})
 
         if len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False))):
             self.refuse('', 'shares weights between layers')
-        # The safety net: whatever no rule above knew is refused. It is a module around others with a forward of its
-        # own, anti-aliasing, or a layer with a tensor (an activation with weights, say).
-        containers = (*_MODELS, *_BLOCKS, *_LAYERS, nn.Sequential, SelectAdaptivePool2d)
+        # The safety net: whatever no rule above knew is refused, be it a module around others with a forward of its
+        # own, a layer with a tensor (an activation with weights, say), or one that works across channels without any.
+        known = (*_MODELS, *_BLOCKS, *_LAYERS, *_ELEMENTWISE, nn.Sequential, nn.Linear, Linear)
         for name, module in model.named_modules():
             if name.rpartition('.')[2] == 'aa' and type(module) is not nn.Identity:
                 self.refuse(name, 'is anti-aliasing and is not supported')
-            if type(module) not in containers and next(module.children(), None) is not None:
+            if type(module) not in known and not f'{name}.'.startswith('global_pool.'):
                 self.refuse(name)
+            if module._forward_hooks or module._forward_pre_hooks:
+                self.refuse(name, 'has a forward hook: remove it first')
         for name in [n for n, _ in model.named_parameters()] + [n for n, _ in model.named_buffers()]:
             if name not in self.layout.axes and not name.endswith('num_batches_tracked'):
                 self.refuse(name.rpartition('.')[0], f"has a tensor '{name.rpartition('.')[2]}' that is not supported")

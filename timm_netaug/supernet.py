@@ -5,7 +5,7 @@
 import copy
 import math
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Mapping, Optional
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -163,6 +163,27 @@ class SuperNet:
         Raises:
             ValueError: The optimizer keeps a state that can not be permuted. Nothing was changed.
         """
+        for tensor, dims in self._to_permute(orders, optimizer):
+            for dim, order in dims.items():
+                tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))
+        for module in self.modules():
+            if isinstance(module, ElasticBatchNormAct2d):
+                module.since_sort = 0  # the tiny network is another function now
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check, once an optimizer has made a step, that its state can be sorted with the weights.
+
+        Raises:
+            ValueError: It keeps a state that can not be permuted.
+        """
+        self._to_permute(dict.fromkeys(self.layout.channels), optimizer)
+
+    def _to_permute(
+            self,
+            orders: Mapping[str, Any],
+            optimizer: Optional[torch.optim.Optimizer],
+    ) -> List[Tuple[torch.Tensor, Dict[int, Any]]]:
+        """List all tensors that channel sets run through, with the orders of their axes."""
         while hasattr(optimizer, '_base_optimizer'):  # timm's Lookahead
             optimizer = optimizer._base_optimizer
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
@@ -184,12 +205,7 @@ class SuperNet:
                         f' {tuple(tensor.shape)} and can not be sorted with it. Use another optimizer or'
                         f' NetAugConfig(sort=False).')
                 todo.append((state, dims))
-        for tensor, dims in todo:
-            for dim, order in dims.items():
-                tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))
-        for module in self.modules():
-            if isinstance(module, ElasticBatchNormAct2d):
-                module.since_sort = 0  # the tiny network is another function now
+        return todo
 
     @property
     def batches_since_sort(self) -> Optional[int]:

@@ -81,6 +81,15 @@ class NetAugTask(ClassificationTask):
             if self.has_ema():
                 unwrap_model(self.get_trainable_module(ema=True)).permute_channels(orders)
 
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check, once the optimizer has made a step, that the schedule will be able to sort its state.
+
+        Raises:
+            ValueError: It keeps a state that can not be sorted.
+        """
+        if self.supernet.netaug_config.sort and self.supernet.netaug_config.stop_width_at > 0:
+            self.supernet.check_optimizer(optimizer)
+
     def setup_ema(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Create an EMA of the super-network. BatchNorm's statistics are the model's own, not averaged: after a sort
         an average would keep those of other channels for thousands of steps."""
@@ -95,7 +104,7 @@ class NetAugTask(ClassificationTask):
         """
         super().prepare_distributed(device_ids, **ddp_kwargs)
         if 'broadcast_buffers' not in ddp_kwargs:
-            self.trainable_module.broadcast_buffers = False
+            self.trainable_module.broadcast_buffers = False  # as an argument it would skip the first broadcast, too
         return self
 
     def start_update(self, step: int) -> None:

@@ -10,15 +10,17 @@ import yaml
 from timm.utils import ParseKwargs
 
 from ..config import NetAugConfig
-from ..errors import UserError, check_model_name
+from ..errors import UserError
 
-__all__ = ['train_parser', 'validate_parser', 'parse_args', 'check_model_name', 'check_train_args',
-           'check_validate_args', 'netaug_config']
+__all__ = [
+    'train_parser', 'validate_parser', 'parse_args', 'check_train_args', 'check_validate_args', 'netaug_config',
+]
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):  # `%(default)s` of None, False or '' tells nothing
-        return action.help if action.default in (None, False, '', {}) else super()._get_help_string(action)
+        tells = action.default not in ('', {}) and action.default is not None and action.default is not False
+        return super()._get_help_string(action) if tells else action.help
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -337,18 +339,18 @@ def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
         with open(path, encoding='utf-8') as f:
             config = yaml.load(f, _UniqueKeys) or {}
     except (OSError, yaml.YAMLError) as e:
-        raise UserError(f'Can not read the config {path}: {e}') from e
+        raise UserError(f'Can not read the config {path}: {" ".join(str(e).split())}') from e
     if not isinstance(config, dict):
         raise UserError(f'The config {path} must map flags to values, it is a {type(config).__name__}.')
     actions = {a.dest: a for a in parser._actions if a.dest not in ('help', 'config')}
-    argv, positional = [], []
+    argv = []
     for key, value in config.items():
         action = actions.get(str(key).replace('-', '_'))
         if action is None:
             near = difflib.get_close_matches(str(key).replace('-', '_'), actions, 1, 0)
             raise UserError(f"Unknown key '{key}' (value {value!r}) in {path}; the nearest flag is"
                             f' --{near[0].replace("_", "-")}.')
-        flag = (action.option_strings or [''])[-1]
+        flag = (action.option_strings or ['--data-dir'])[-1]  # what the positional argument stands for
         if value is None:
             continue
         if isinstance(action, argparse._StoreTrueAction):
@@ -357,19 +359,19 @@ def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
             argv += [flag] if value else []
             continue
         if isinstance(value, dict) != isinstance(action, ParseKwargs) or isinstance(value, bool):
-            raise UserError(f"Key '{key}' in {path} has the value {value!r}, which {flag or key} does not take.")
+            raise UserError(f"Key '{key}' in {path} has the value {value!r}, which {flag} does not take.")
         if isinstance(value, list) and action.nargs in (None, '?'):
-            raise UserError(f"Key '{key}' in {path} has the value {value!r}; {flag or key} takes one value.")
+            raise UserError(f"Key '{key}' in {path} has the value {value!r}; {flag} takes one value.")
+        if value == [] or isinstance(value, list) and any(str(v).startswith('--') for v in value):
+            raise UserError(f"Key '{key}' in {path} has the value {value!r}; {flag} takes a list of values.")
         values = [f'{k}={v!r}' for k, v in value.items()] if isinstance(value, dict) else \
             [str(v) for v in (value if isinstance(value, list) else [value])]
-        if not flag:
-            positional += values
-        elif action.nargs in (None, '?') and values[0] != '':
+        if action.nargs in (None, '?') and values[0] != '':
             argv.append(f'{flag}={values[0]}')  # a value may begin with a dash
         else:
             argv += [flag, *values]
         _check_value(parser, action, key, values, path)
-    return positional + argv
+    return argv
 
 
 def _check_value(
@@ -463,6 +465,14 @@ def _given(parser: argparse.ArgumentParser, args: argparse.Namespace, dests: Seq
     return {d: flags[d] for d in dests if getattr(args, d) != parser.get_default(d)}
 
 
+def _check_minima(parser: argparse.ArgumentParser, args: argparse.Namespace, minima: Dict[str, int]) -> None:
+    flags = {a.dest: (a.option_strings or [a.dest])[-1] for a in parser._actions}
+    for dest, minimum in minima.items():
+        value = getattr(args, dest)
+        if value is not None and value < minimum:
+            raise UserError(f'{flags[dest]} must be at least {minimum}, got {value}.')
+
+
 def check_train_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse, before anything is touched, what `train.py` would otherwise ignore or fall over.
 
@@ -478,9 +488,10 @@ def check_train_args(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         if getattr(args, dest) not in choices:
             raise UserError(f'--{dest.replace("_", "-")} takes one of {", ".join(repr(c) for c in choices if c)},'
                             f' got {getattr(args, dest)!r}.')
-    for dest in ('batch_size', 'epochs', 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist'):
-        if getattr(args, dest) < 1:
-            raise UserError(f'--{dest.replace("_", "-")} must be at least 1, got {getattr(args, dest)}.')
+    _check_minima(parser, args, dict(
+        batch_size=1, validation_batch_size=1, epochs=1, grad_accum_steps=1, log_interval=1, val_interval=1,
+        checkpoint_hist=1, num_classes=1, img_size=1, seed=0, start_epoch=0, workers=0, recovery_interval=0,
+        warmup_epochs=0, clip_grad=0))
     for name, needs in (('model_ema_force_cpu', 'model_ema'), ('model_ema_warmup', 'model_ema'),
                         ('bce_sum', 'bce_loss'), ('bce_target_thresh', 'bce_loss'), ('bce_pos_weight', 'bce_loss'),
                         ('torchcompile_mode', 'torchcompile'), ('no_resume_opt', 'resume'),
@@ -549,9 +560,8 @@ def check_validate_args(parser: argparse.ArgumentParser, args: argparse.Namespac
         if getattr(args, dest) not in choices:
             raise UserError(f'{flags[dest]} takes one of {", ".join(repr(c) for c in choices if c)},'
                             f' got {getattr(args, dest)!r}.')
-    for dest in ('batch_size', 'num_gpu', 'log_freq', 'naflex_max_seq_len'):
-        if getattr(args, dest) < 1:
-            raise UserError(f'{flags[dest]} must be at least 1, got {getattr(args, dest)}.')
+    _check_minima(parser, args, dict(
+        batch_size=1, num_gpu=1, log_freq=1, naflex_max_seq_len=1, num_classes=1, img_size=1, seed=0, workers=0))
     for dest, needs in _VALIDATE_NEEDS.items():
         if dest in given and needs not in given:
             raise UserError(f'{flags[dest]} does nothing without {flags[needs]}.')

@@ -13,6 +13,7 @@ from ..errors import UserError
 __all__ = ['bulk_entries', 'sort_results', 'write_results']
 
 _SUFFIXES = ('.pth.tar', '.pth', '.pt', '.bin', '.safetensors')
+_UNFINISHED = ('tmp.pth.tar', 'recovery_tmp.pth.tar')  # what a kill leaves of timm's saver
 _PRINTED_ONLY = ('loss', 'images')  # timm's files of results have no such columns
 
 
@@ -47,7 +48,8 @@ def bulk_entries(model: str, checkpoint: str, num_classes: int = 1000) -> Option
         return [(name, '') for name in names]
     if not os.path.isdir(checkpoint):
         return None
-    files = [entry.path for entry in os.scandir(checkpoint) if entry.is_file() and entry.name.endswith(_SUFFIXES)]
+    files = [entry.path for entry in os.scandir(checkpoint)
+             if entry.is_file() and entry.name.endswith(_SUFFIXES) and entry.name not in _UNFINISHED]
     if not files:
         raise UserError(f'There is no checkpoint (*{", *".join(_SUFFIXES)}) in the folder {checkpoint}.')
     return [(model, path) for path in sorted(files, key=natural_key)]

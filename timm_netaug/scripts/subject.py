@@ -47,7 +47,9 @@ def _subject_of_run(args: argparse.Namespace, parser: argparse.ArgumentParser, r
         if getattr(args, dest) not in (parser.get_default(dest), value):
             raise UserError(f'--{dest.replace("_", "-")}: the checkpoint is of a model of its own,'
                             f' {run["architecture"]} with {run["model_args"]}. Leave the flag out.')
-    model, run, _ = load_run(args.checkpoint, args.use_ema or None)
+    model, run, _ = load_run(args.checkpoint, args.use_ema)
+    if run.get('ema') and not args.use_ema:
+        _logger.warning('The metrics of this run are those of the moving average of its weights: see --use-ema.')
     channels, *size = run['data_config']['input_size']
     if args.test_pool and getattr(model, 'feature_info', None):
         # What timm compares the input with; its own numbers are of the registered model.

@@ -58,32 +58,25 @@ from timm.utils import (
 import timm_netaug
 
 from ..checkpoint import AtomicSaver, aside, classes_in_file, describe_run, read_checkpoint
-from ..errors import UserError, told_plainly
-from .args import check_model_name, check_train_args, netaug_config, parse_args, train_parser
+from ..errors import UserError, check_model_name, told_plainly
+from .args import check_train_args, netaug_config, parse_args, train_parser
 from .curves import write_curves
 from .data import check_split, class_names, open_dataset
+from .device import choose_device, mixed_precision
 from .evaluate import evaluate, progress_bar
 
 _logger = logging.getLogger('train')
 
 
 def set_up_device(args) -> torch.device:
-    """Choose the device and join the other processes; the CPU stands in for a GPU that nobody asked for."""
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        if args.device_given:
-            raise UserError('--device cuda was asked for, but PyTorch finds no GPU here: use --device cpu.')
-        args.device = 'cpu'
-        _logger.info('No GPU found: training on the CPU.')
+    """Choose the device and join the other processes."""
+    choose_device(args, _logger)
     try:
         for name in args.device_modules or ():
             importlib.import_module(name)
-        device = init_distributed_device(args)
+        return init_distributed_device(args)
     except (ImportError, RuntimeError, AssertionError) as e:
         raise UserError(f'--device {args.device} can not be used: {str(e).splitlines()[0]}') from e
-    if device.type == 'cuda':
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    return device
 
 
 def set_up_model(args) -> nn.Module:
@@ -272,8 +265,10 @@ def set_up_lr(args) -> None:
         _logger.info(f'Learning rate {args.lr:g}: {args.lr_base:g} x {images} / {args.lr_base_size} images ({scale}).')
 
 
+# Fields of an optimizer's groups that flags set; others may be counters.
+_OF_FLAGS = ('lr', 'weight_decay', 'momentum', 'betas', 'eps', 'lr_scale')
 # What may change from a run to the one that goes on with it: where it runs and what it tells.
-_FREE = ('config', 'data', 'data_dir', 'output', 'experiment', 'resume', 'no_resume_opt', 'workers', 'log_interval',
+_FREE = ('config', 'data', 'data_dir', 'output', 'experiment', 'resume', 'no_resume_opt', 'log_interval',
          'recovery_interval', 'save_images', 'device', 'pin_mem', 'checkpoint_hist', 'local_rank', 'log_wandb',
          'wandb_project', 'wandb_tags', 'wandb_resume_id', 'dataset_download', 'synchronize_step')
 
@@ -299,12 +294,42 @@ def check_resume(args, parser, run: Dict[str, Any]) -> List[Optional[float]]:
     if saved.opt != args.opt and not args.no_resume_opt:
         raise UserError(f'--resume: {args.resume} was trained with --opt {saved.opt}: take the same, or start the'
                         f' optimizer anew with --no-resume-opt.')
-    changed = [a.dest for a in parser._actions if a.dest not in (*_FREE, 'help', 'num_classes', 'lr')
+    changed = [a.dest for a in parser._actions if a.dest not in (*_FREE, 'help', 'num_classes')
                and getattr(saved, a.dest, None) != getattr(args, a.dest)]
     if is_primary(args) and changed:
         _logger.warning('Not the training that the checkpoint is of: ' + ', '.join(
             f'{k} was {getattr(saved, k, None)!r}, is {getattr(args, k)!r}' for k in changed) + '.')
     return there.get('metrics', [])
+
+
+def set_up_saver(args, parser, task: ClassificationTask, optimizer, loss_scaler, start_epoch: int) -> AtomicSaver:
+    """Set up all that the first process writes: the run's folder, its provenance, and the checkpoints."""
+    size = args.run['data_config']['input_size'][-1]
+    name = args.experiment or '-'.join(
+        [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(size)])
+    folder, resumed_here = set_up_folder(args, name, start_epoch)
+    write_provenance(args, parser, folder)
+    saver = AtomicSaver(
+        task.get_trainable_module(),
+        optimizer,
+        args=args,
+        amp_scaler=loss_scaler,
+        checkpoint_dir=folder,
+        recovery_dir=folder,
+        decreasing=args.eval_metric == 'loss',
+        max_history=args.checkpoint_hist,
+        task=task,
+    )
+    if resumed_here:
+        saver.load_state_dict_from_checkpoint(args.resume)
+    if args.log_wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError('--log-wandb needs the package wandb: pip install wandb.') from None
+        wandb.init(project=args.wandb_project, name=args.experiment or None, config=vars(args), tags=args.wandb_tags,
+                   resume='must' if args.wandb_resume_id else None, id=args.wandb_resume_id or None)
+    return saver
 
 
 def start_of_epoch_seed(seed: int, epoch: int) -> int:
@@ -391,6 +416,11 @@ def train_one_epoch(
         pending.append((values, input.shape[0]))
         if update:
             num_updates += 1
+            if args.netaug and num_updates == epoch * updates_per_epoch + 1:
+                try:
+                    task.check_optimizer(optimizer)
+                except ValueError as e:
+                    raise UserError(f'{e} On the command line that is --netaug-no-sort.') from e
             optimizer.zero_grad()
             task.update_ema(step=num_updates)
         if args.synchronize_step and device.type == 'cuda':
@@ -425,20 +455,26 @@ def train_one_epoch(
     return {key: meter.avg for key, meter in meters.items()}
 
 
-def set_up_summary(summary: str, start_epoch: int) -> None:
-    """Keep the epochs before the one that a run goes on with.
+def set_up_folder(args, name: str, start_epoch: int) -> Tuple[str, bool]:
+    """Make the folder of a run, and keep the epochs before the one that it goes on with.
+
+    Returns:
+        The folder, and whether it is the one of the checkpoint that is resumed.
 
     Raises:
-        UserError: A new run would write over another one.
+        UserError: The run would write over another one, or over a later part of itself.
     """
-    if start_epoch:
+    folder = get_outdir(args.output or os.path.join('output', 'train'), name)
+    summary, last = os.path.join(folder, 'summary.csv'), os.path.join(folder, 'last.pth.tar')
+    if args.resume and os.path.samefile(os.path.dirname(os.path.abspath(args.resume)), folder):
+        if os.path.exists(last) and read_checkpoint(last)['epoch'] >= start_epoch:
+            raise UserError(f'{folder} holds later epochs than {args.resume}: go on with {last}, or choose another'
+                            f' --experiment to train them anew.')
         if os.path.exists(summary):
             shutil.copyfile(summary, f'{summary}.aside')
             trim_summary(f'{summary}.aside', start_epoch)
             os.replace(f'{summary}.aside', summary)
-        return
-    folder = os.path.dirname(summary)
-    last = os.path.join(folder, 'last.pth.tar')
+        return folder, True
     if os.path.exists(last):
         raise UserError(f'{folder} holds a run already: go on with it by --resume {last}, or choose another'
                         f' --experiment.')
@@ -446,6 +482,9 @@ def set_up_summary(summary: str, start_epoch: int) -> None:
         if len(Path(summary).read_text().splitlines()) > 2:
             raise UserError(f'{folder} holds the results of a run: choose another --experiment.')
         os.remove(summary)  # of a run that was killed before its first checkpoint
+    if args.resume:
+        _logger.warning(f'{folder} is not the folder of {args.resume}: best metric and summary begin anew.')
+    return folder, False
 
 
 def write_provenance(args, parser, output_dir: str) -> None:
@@ -530,18 +569,16 @@ def train() -> None:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     except (ValueError, TypeError, AssertionError) as e:
         raise UserError(f'The optimizer {args.opt} can not be built: {e}') from e
-    autocast, loss_scaler = nullcontext, None
-    if args.amp:
-        amp_dtype = getattr(torch, args.amp_dtype)
-        autocast = partial(torch.autocast, device_type=device.type, dtype=amp_dtype)
-        if device.type == 'cuda' and amp_dtype == torch.float16:
-            loss_scaler = NativeScaler(device=device.type)
+    autocast, loss_scaler = mixed_precision(args, device), None
+    if args.amp and device.type == 'cuda' and args.amp_dtype == 'float16':
+        loss_scaler = NativeScaler(device=device.type)
 
     task = set_up_task(args, model, device)
     resume_epoch = None
     history: List[Optional[float]] = []  # the metric after every epoch
     if args.resume:
         history = check_resume(args, parser, run)
+        given = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
         try:
             resume_epoch = resume_task_checkpoint(
                 task,
@@ -552,6 +589,9 @@ def train() -> None:
             )
         except (ValueError, RuntimeError) as e:
             raise UserError(f'--resume: {e}') from e
+        for group, flags in zip(optimizer.param_groups, given):  # the flags hold, not those of the checkpoint
+            fields = {k: v for k, v in flags.items() if k in (*_OF_FLAGS, *args.opt_kwargs)}
+            group.update(fields, initial_lr=flags['lr'])
     if args.model_ema:
         task.setup_ema(
             decay=args.model_ema_decay,
@@ -594,38 +634,20 @@ def train() -> None:
     if args.warmup_epochs >= num_epochs and primary:
         _logger.warning(f'All {num_epochs} epochs are warm-up (--warmup-epochs {args.warmup_epochs}).')
 
-    saver = output_dir = None
+    saver, refusal = None, ''
     if primary:
-        name = args.experiment or '-'.join(
-            [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
-        output_dir = get_outdir(args.output or os.path.join('output', 'train'), name)
-        summary = os.path.join(output_dir, 'summary.csv')
-        resumed_here = args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(output_dir)
-        set_up_summary(summary, start_epoch if resumed_here else 0)
-        write_provenance(args, parser, output_dir)
         args.run = run  # travels in every checkpoint
-        saver = AtomicSaver(
-            model,
-            optimizer,
-            args=args,
-            amp_scaler=loss_scaler,
-            checkpoint_dir=output_dir,
-            recovery_dir=output_dir,
-            decreasing=decreasing,
-            max_history=args.checkpoint_hist,
-            task=task,
-        )
-        if resumed_here:
-            saver.load_state_dict_from_checkpoint(args.resume)
-        _logger.info(f'Epochs {start_epoch} to {num_epochs - 1}, results in {output_dir}')
-        if args.log_wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError('--log-wandb needs the package wandb: pip install wandb.') from None
-            wandb.init(project=args.wandb_project, name=args.experiment or None, config=vars(args),
-                       tags=args.wandb_tags, resume='must' if args.wandb_resume_id else None,
-                       id=args.wandb_resume_id or None)
+        try:
+            saver = set_up_saver(args, parser, task, optimizer, loss_scaler, start_epoch)
+            _logger.info(f'Epochs {start_epoch} to {num_epochs - 1}, results in {saver.checkpoint_dir}')
+        except (UserError, OSError) as e:
+            refusal = str(e)
+    if args.distributed:  # what the first process alone finds wrong ends them all
+        refusals = [refusal]
+        torch.distributed.broadcast_object_list(refusals)
+        refusal = refusals[0]
+    if refusal:
+        raise UserError(refusal)
 
     evaluate_ = partial(
         evaluate, loader=loader_eval, device=device, dtype=dtype, autocast=autocast, channels_last=args.channels_last,
@@ -638,10 +660,7 @@ def train() -> None:
             if hasattr(owner, 'set_epoch'):
                 owner.set_epoch(epoch)
         if args.netaug:
-            try:
-                task.start_epoch(epoch, num_epochs, optimizer)
-            except ValueError as e:
-                raise UserError(f'{e} On the command line that is --netaug-no-sort.') from e
+            task.start_epoch(epoch, num_epochs, optimizer)
         train_metrics = train_one_epoch(
             epoch, task, loader_train, optimizer, args, device, dtype, autocast, loss_scaler, lr_scheduler, mixup_fn,
             saver, updates_per_epoch)
@@ -661,8 +680,10 @@ def train() -> None:
             lrs = [group['lr'] for group in optimizer.param_groups]
             # An epoch without validation leaves its columns empty, not out.
             row = metrics or dict.fromkeys(evaluator().metric_names, '')
+            summary = os.path.join(saver.checkpoint_dir, 'summary.csv')
             update_summary(epoch, train_metrics, row, summary, lr=sum(lrs) / len(lrs), log_wandb=args.log_wandb)
-            write_curves(summary, os.path.join(output_dir, 'curves.png'), f'eval_{args.eval_metric}', decreasing)
+            curves = os.path.join(saver.checkpoint_dir, 'curves.png')
+            write_curves(summary, curves, f'eval_{args.eval_metric}', decreasing)
             saver.save_checkpoint(epoch, metric=metrics.get(args.eval_metric))
             _logger.info(f'Epoch {epoch}: ' + '  '.join(
                 f'{split}_{k} {v:.4g}'
@@ -673,7 +694,7 @@ def train() -> None:
     if args.distributed:
         torch.distributed.destroy_process_group()
     if primary and saver.best_metric is not None:
-        best = os.path.join(output_dir, 'model_best.pth.tar')
+        best = os.path.join(saver.checkpoint_dir, 'model_best.pth.tar')
         loading = [f"'{run['architecture']}'", f"checkpoint_path='{best}'"] + [
             f'{k}={v!r}' for k, v in run['model_args'].items() if v or not k.startswith('drop')]
         print(f'\nBest {args.eval_metric}: {saver.best_metric:.2f} (epoch {saver.best_epoch}).'

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import sys
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -28,6 +27,7 @@ from timm.utils import (
 
 from ..errors import UserError, first_line, told_plainly
 from .args import check_validate_args, parse_args, validate_parser
+from .device import choose_device, mixed_precision
 from .data import check_split, class_names, open_dataset
 from .evaluate import evaluate
 from .labels import LabelEvaluator, read_real_labels, read_valid_labels
@@ -160,9 +160,6 @@ def _measure(
 ) -> Dict[str, float]:
     """Return the metrics of a model that is ready, with batches that fit into the memory."""
     device, dtype = torch.device(args.device), getattr(torch, args.model_dtype or 'float32')
-    autocast = nullcontext
-    if args.amp:
-        autocast = partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
     batch_size = args.batch_size
     while True:
         real_labels = read_real_labels(args.real_labels, dataset, subject.num_classes) if args.real_labels else None
@@ -174,7 +171,7 @@ def _measure(
                 evaluator,
                 device,
                 dtype=dtype,
-                autocast=autocast,
+                autocast=mixed_precision(args, device),
                 channels_last=args.channels_last,
                 log_interval=args.log_freq,
             )
@@ -248,7 +245,7 @@ def validate_bulk(
             _logger.warning(f'Interrupted at {name}.')
             break
         except Exception as e:  # whatever it is, it must not cost the results of the others
-            row = dict(model=model, **(dict(checkpoint=checkpoint) if checkpoint else {}),
+            row = dict(model=model or name, **(dict(checkpoint=checkpoint) if checkpoint else {}),
                        error=' '.join(str(e).split())[:300] or type(e).__name__)
             _logger.error(f'{name}: {row["error"]}')
         results = sort_results([*results, row])
@@ -263,11 +260,7 @@ def set_up_device(args: argparse.Namespace) -> None:
     Raises:
         UserError: PyTorch does not find such a device, or not so many of them.
     """
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        if args.device_given:
-            raise UserError('--device cuda was asked for, but PyTorch finds no GPU here: use --device cpu.')
-        _logger.info('No GPU found: evaluating on the CPU.')
-        args.device = 'cpu'
+    choose_device(args, _logger)
     try:
         device = torch.device(args.device)
     except RuntimeError as e:
@@ -275,9 +268,6 @@ def set_up_device(args: argparse.Namespace) -> None:
     gpus = torch.cuda.device_count() if device.type == 'cuda' else 0
     if args.num_gpu > 1 and args.num_gpu > gpus:
         raise UserError(f'--num-gpu {args.num_gpu}: there are {gpus} GPUs to evaluate on.')
-    if device.type == 'cuda':
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
     if args.fuser:
         set_jit_fuser(args.fuser)
     if args.fast_norm:
