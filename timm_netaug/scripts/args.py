@@ -13,7 +13,7 @@ from ..config import NetAugConfig
 from ..errors import UserError, check_model_name
 
 __all__ = ['train_parser', 'validate_parser', 'parse_args', 'check_model_name', 'check_train_args',
-           'check_validate_args', 'netaug_config']
+           'check_validate_args', 'netaug_config', 'FREE_FLAGS']
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -430,6 +430,11 @@ def netaug_config(args: argparse.Namespace) -> Optional[NetAugConfig]:
         raise UserError(flag) from e
 
 
+# What may change from a run to the one that goes on with it: where it runs and what it tells.
+FREE_FLAGS = (
+    'config', 'data', 'data_dir', 'output', 'experiment', 'resume', 'no_resume_opt', 'workers', 'log_interval',
+    'recovery_interval', 'save_images', 'device', 'pin_mem', 'checkpoint_hist', 'local_rank', 'log_wandb',
+    'wandb_project', 'wandb_tags', 'wandb_resume_id', 'dataset_download', 'synchronize_step')
 # Not carried out yet -> refused when used, never ignored.
 _REFUSED = ('naflex_loader', 'kd_model_name', 'distill_loss_weight', 'task_loss_weight', 'kd_student_feature_dim',
             'kd_teacher_feature_dim', 'train_img_sizes', 'train_batch_sizes', 'train_size_probs', 'fuser',

@@ -59,7 +59,7 @@ import timm_netaug
 
 from ..checkpoint import AtomicSaver, aside, classes_in_file, describe_run, read_checkpoint
 from ..errors import UserError, told_plainly
-from .args import check_model_name, check_train_args, netaug_config, parse_args, train_parser
+from .args import FREE_FLAGS, check_model_name, check_train_args, netaug_config, parse_args, train_parser
 from .curves import write_curves
 from .data import check_split, class_names, open_dataset
 from .evaluate import evaluate, progress_bar
@@ -272,12 +272,6 @@ def set_up_lr(args) -> None:
         _logger.info(f'Learning rate {args.lr:g}: {args.lr_base:g} x {images} / {args.lr_base_size} images ({scale}).')
 
 
-# What may change from a run to the one that goes on with it: where it runs and what it tells.
-_FREE = ('config', 'data', 'data_dir', 'output', 'experiment', 'resume', 'no_resume_opt', 'workers', 'log_interval',
-         'recovery_interval', 'save_images', 'device', 'pin_mem', 'checkpoint_hist', 'local_rank', 'log_wandb',
-         'wandb_project', 'wandb_tags', 'wandb_resume_id', 'dataset_download', 'synchronize_step')
-
-
 def check_resume(args, parser, run: Dict[str, Any]) -> List[Optional[float]]:
     """Refuse a checkpoint of another model or training, naming what differs, and warn of other flags.
 
@@ -299,7 +293,7 @@ def check_resume(args, parser, run: Dict[str, Any]) -> List[Optional[float]]:
     if saved.opt != args.opt and not args.no_resume_opt:
         raise UserError(f'--resume: {args.resume} was trained with --opt {saved.opt}: take the same, or start the'
                         f' optimizer anew with --no-resume-opt.')
-    changed = [a.dest for a in parser._actions if a.dest not in (*_FREE, 'help', 'num_classes', 'lr')
+    changed = [a.dest for a in parser._actions if a.dest not in (*FREE_FLAGS, 'help', 'num_classes', 'lr')
                and getattr(saved, a.dest, None) != getattr(args, a.dest)]
     if is_primary(args) and changed:
         _logger.warning('Not the training that the checkpoint is of: ' + ', '.join(
