@@ -8,7 +8,8 @@ import pytest
 
 from conftest import ROOT
 
-PAGES = {page: (ROOT / page).read_text() for page in ('README.md', 'docs/tutorial.md', 'docs/training.md', 'docs/hub.md')}
+PAGES = {page: (ROOT / page).read_text()
+         for page in ('README.md', 'docs/tutorial.md', 'docs/training.md', 'docs/hub.md')}
 
 
 def blocks(page, language):
@@ -62,9 +63,10 @@ def test_names_in_the_docs_are_real():
     from timm_netaug.scripts.args import train_parser, validate_parser
     known = {s for p in (train_parser(), validate_parser()) for a in p._actions for s in a.option_strings}
     known |= set(re.findall(r"'(--[a-z-]+)'", (ROOT / 'timm_netaug/hub.py').read_text()))
-    torchrun = {'--nnodes', '--nproc-per-node', '--rdzv-backend', '--rdzv-endpoint', '--rdzv-id', '--max-restarts'}
+    others = {'--nnodes', '--nproc-per-node', '--rdzv-backend', '--rdzv-endpoint', '--rdzv-id', '--max-restarts',
+              '--layers', '--samples', '--dist'}
     for page, text in PAGES.items():
-        flags = set(re.findall(r'(?<![\w-])(--[a-z][a-z0-9-]+)', text)) - torchrun - {'--layers', '--samples', '--dist'}
+        flags = set(re.findall(r'(?<![\w-])(--[a-z][a-z0-9-]+)', text)) - others
         assert flags and flags <= known, (page, flags - known)
         files = set(re.findall(r'`((?:docs|tests|timm_netaug|hfconfigs)/[\w./]*)`', text))
         assert files and all((ROOT / f).exists() for f in files), (page, [f for f in files if not (ROOT / f).exists()])
