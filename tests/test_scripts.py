@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import yaml
 from safetensors.torch import load_file
 from timm.utils import ParseKwargs
 
@@ -18,7 +17,6 @@ from timm_netaug.errors import UserError
 from timm_netaug.scripts import args
 from timm_netaug.scripts.args import check_train_args, netaug_config, parse_args, train_parser, validate_parser
 
-RECIPES = sorted((ROOT / 'hfconfigs').glob('*/train.yaml'))
 SMALL = ['--num-classes', 10, '--img-size', 32, '-b', 256, '-j', 0, '--warmup-epochs', 0, '--crop-pct', 1.0]
 
 
@@ -114,19 +112,6 @@ def test_yaml_says_what_flags_say(tmp_path):
     want.config = got.config
     assert vars(got) == vars(want)
     assert got.opt_kwargs == {'nesterov': False}
-
-
-@pytest.mark.parametrize('recipe', RECIPES, ids=lambda p: p.parent.name)
-def test_recipes(recipe):
-    parser = train_parser()
-    args = parse_args(parser, ['-c', str(recipe)])
-    check_train_args(parser, args)
-    netaug_config(args)
-    assert timm.models.is_model(args.model)
-
-
-def test_there_are_recipes():
-    assert RECIPES
 
 
 def test_run_with_netaug(run_dir):
@@ -277,11 +262,6 @@ def test_readme_loop():
     exec(readme_block('library'), scope)
     tiny = scope['tiny']
     assert type(tiny) is timm.models.EfficientNet and tiny.eval()(images(1, 64)).shape == (1, 10)
-
-
-def test_recipe_of_the_first_command_is_plain_yaml():
-    recipe = yaml.safe_load((ROOT / 'hfconfigs/netaug_mbv2_tiny.netaug_digits/train.yaml').read_text())
-    assert recipe['model'] == 'netaug_mbv2_tiny' and recipe['netaug'] is True
 
 
 def test_epochs_without_validation(digits, tmp_path):

@@ -20,6 +20,7 @@ from .checkpoint import load_run
 from .config import NetAugConfig
 from .costs import MEMORY_MODEL, operators
 from .errors import UserError, check_model_name, told_plainly
+from .fetch import local_name
 from .layout import trace
 from .supernet import SuperNet, augment, slice_stock
 
@@ -117,9 +118,10 @@ def _load(args: argparse.Namespace) -> Tuple[nn.Module, Sequence[int], Dict[str,
         size, config = run['data_config']['input_size'], run.get('netaug') or {}
     else:
         check_model_name(name)
+        source = local_name(name, weights=False)
         try:
             model = create_model(
-                **resolve_model_input_args(name, dict(img_size=args.img_size), num_classes=args.num_classes))
+                **resolve_model_input_args(source, dict(img_size=args.img_size), num_classes=args.num_classes))
         except Exception as e:  # whatever a constructor, a folder or the Hub find wrong
             raise UserError(f'{name} can not be built: {" ".join(str(e).split())[:300]}') from e
         size, config = resolve_input_data_config(model, args={})['input_size'], {}

@@ -28,13 +28,19 @@ def export(supernet: SuperNet, widths: Optional[Mapping[str, int]] = None) -> nn
     return slice_stock(supernet, widths)
 
 
-def export_folder(model: nn.Module, out_dir: Union[str, Path], run: Mapping[str, Any]) -> None:
+def export_folder(
+        model: nn.Module,
+        out_dir: Union[str, Path],
+        run: Mapping[str, Any],
+        facts: Optional[Mapping[str, Any]] = None,
+) -> None:
     """Write the folder that `timm.create_model('local-dir:...', pretrained=True)` and the Hub take.
 
     Args:
         model: A stock timm model.
         out_dir: Gets `model.safetensors` and `config.json`; each is written aside and then renamed.
         run: Description of the model's training (see `checkpoint.describe_run`).
+        facts: What the config keeps for the model's card (see `card.facts_of_run`).
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -46,6 +52,7 @@ def export_folder(model: nn.Module, out_dir: Union[str, Path], run: Mapping[str,
                 label_names=run['class_names'],
                 # What timm's config says of the pretrained weights it knows is not true of these.
                 pretrained_cfg=dict(tag=None, license=None, origin_url=None, paper_ids=None),
+                **(dict(timm_netaug=dict(facts)) if facts else {}),
             ),
             model_args=run['model_args'],
             data_config=run['data_config'],

@@ -14,6 +14,7 @@ from ..errors import UserError
 
 __all__ = [
     'train_parser', 'validate_parser', 'parse_args', 'check_train_args', 'check_validate_args', 'netaug_config',
+    'FREE_FLAGS',
 ]
 
 
@@ -432,6 +433,11 @@ def netaug_config(args: argparse.Namespace) -> Optional[NetAugConfig]:
         raise UserError(flag) from e
 
 
+# What may change from a run to the one that goes on with it: where it runs and what it tells.
+FREE_FLAGS = (
+    'config', 'data', 'data_dir', 'output', 'experiment', 'resume', 'no_resume_opt', 'log_interval',
+    'recovery_interval', 'save_images', 'device', 'pin_mem', 'checkpoint_hist', 'local_rank', 'log_wandb',
+    'wandb_project', 'wandb_tags', 'wandb_resume_id', 'dataset_download', 'synchronize_step')
 # Not carried out yet -> refused when used, never ignored.
 _REFUSED = ('naflex_loader', 'kd_model_name', 'distill_loss_weight', 'task_loss_weight', 'kd_student_feature_dim',
             'kd_teacher_feature_dim', 'train_img_sizes', 'train_batch_sizes', 'train_size_probs', 'fuser',

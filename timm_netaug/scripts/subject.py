@@ -14,6 +14,7 @@ import timm_netaug
 
 from ..checkpoint import check_finite, classes_in_file, load_run, load_weights, read_checkpoint, read_weights
 from ..errors import UserError, check_model_name, first_line
+from ..fetch import local_name
 from .args import validate_parser
 
 __all__ = ['Subject', 'set_up_subject', 'pool_as_in_training']
@@ -82,6 +83,7 @@ def set_up_subject(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
             raise UserError(f'{args.checkpoint} does not say which model it is of: name it with --model.')
     name = args.model or validate_parser().get_default('model')
     check_model_name(name)
+    source = local_name(name, weights=args.pretrained or weights is None)
     num_classes = args.num_classes
     if weights is not None and num_classes is None:
         num_classes = classes_in_file(args.checkpoint, name)
@@ -89,7 +91,7 @@ def set_up_subject(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
         model = create_model(
             pretrained=args.pretrained or weights is None,
             **resolve_model_input_args(
-                name,
+                source,
                 vars(args),
                 num_classes=num_classes,
                 in_chans=args.in_chans,

@@ -59,7 +59,7 @@ import timm_netaug
 
 from ..checkpoint import AtomicSaver, aside, classes_in_file, describe_run, read_checkpoint
 from ..errors import UserError, check_model_name, told_plainly
-from .args import check_train_args, netaug_config, parse_args, train_parser
+from .args import FREE_FLAGS, check_train_args, netaug_config, parse_args, train_parser
 from .curves import write_curves
 from .data import check_split, class_names, open_dataset
 from .device import choose_device, mixed_precision
@@ -267,10 +267,6 @@ def set_up_lr(args) -> None:
 
 # Fields of an optimizer's groups that flags set; others may be counters.
 _OF_FLAGS = ('lr', 'weight_decay', 'momentum', 'betas', 'eps', 'lr_scale')
-# What may change from a run to the one that goes on with it: where it runs and what it tells.
-_FREE = ('config', 'data', 'data_dir', 'output', 'experiment', 'resume', 'no_resume_opt', 'log_interval',
-         'recovery_interval', 'save_images', 'device', 'pin_mem', 'checkpoint_hist', 'local_rank', 'log_wandb',
-         'wandb_project', 'wandb_tags', 'wandb_resume_id', 'dataset_download', 'synchronize_step')
 
 
 def check_resume(args, parser, run: Dict[str, Any]) -> List[Optional[float]]:
@@ -294,7 +290,7 @@ def check_resume(args, parser, run: Dict[str, Any]) -> List[Optional[float]]:
     if saved.opt != args.opt and not args.no_resume_opt:
         raise UserError(f'--resume: {args.resume} was trained with --opt {saved.opt}: take the same, or start the'
                         f' optimizer anew with --no-resume-opt.')
-    changed = [a.dest for a in parser._actions if a.dest not in (*_FREE, 'help', 'num_classes')
+    changed = [a.dest for a in parser._actions if a.dest not in (*FREE_FLAGS, 'help', 'num_classes')
                and getattr(saved, a.dest, None) != getattr(args, a.dest)]
     if is_primary(args) and changed:
         _logger.warning('Not the training that the checkpoint is of: ' + ', '.join(

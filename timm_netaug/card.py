@@ -1,0 +1,184 @@
+"""The model card of a Hub repository, filled from a checkpoint; what is not known stands nowhere in it."""
+import argparse
+import math
+import re
+import shlex
+from typing import Any, Dict, List, Mapping, Optional
+
+import torch.nn as nn
+from huggingface_hub import EvalResult, ModelCardData
+from timm.utils import ParseKwargs
+
+from .costs import MEMORY_MODEL
+from .info import describe
+from .scripts.args import FREE_FLAGS, train_parser
+
+__all__ = ['facts_of_run', 'known_facts', 'model_card']
+
+_FACTS = dict(command=list, processes=int, evaluated_with=list, epoch=int, epochs=int, metrics=dict, images=int,
+              dataset=str, dataset_terms=str, converted_from=str)
+_METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
+_PATHS = ('pretrained_path', 'initial_checkpoint', 'class_map')  # where they lie is of no use to others
+_DATASET = ('dataset', 'input_img_mode', 'input_key', 'target_key')  # that validate.py needs too
+_CITATION = """@inproceedings{cai2022netaug,
+  title={Network Augmentation for Tiny Deep Learning},
+  author={Cai, Han and Gan, Chuang and Lin, Ji and Han, Song},
+  booktitle={International Conference on Learning Representations},
+  year={2022}
+}"""
+
+
+def _flags(args: argparse.Namespace, only: Optional[tuple] = None) -> List[str]:
+    """Return the command line of what differs from the defaults of `train.py`."""
+    parser, argv = train_parser(), []
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if action.dest in ('help', 'workers', *FREE_FLAGS) or value == action.default or (only and action.dest not in only):
+            continue
+        if action.dest in _PATHS:
+            value = str(value).replace('\\', '/').rpartition('/')[2]
+        argv.append(max(action.option_strings, key=len))
+        if isinstance(action, ParseKwargs):
+            argv += [f'{k}={v!r}' for k, v in value.items()]
+        elif not isinstance(action, argparse._StoreTrueAction):
+            argv += map(str, value if isinstance(value, (list, tuple)) else [value])
+    return argv
+
+
+def facts_of_run(checkpoint: Mapping[str, Any], use_ema: Optional[bool] = None) -> Dict[str, Any]:
+    """Collect, as plain data, what a checkpoint of `train.py` says of its training.
+
+    Args:
+        use_ema: Whether the weights are the moving average; None: those that the run validated.
+    """
+    args = train_parser().parse_args([])  # flags that an earlier version did not have yet
+    vars(args).update(vars(checkpoint['args']))
+    facts = dict(
+        command=_flags(args),
+        processes=getattr(args, 'world_size', 1),
+        evaluated_with=[*_flags(args, _DATASET), '--split', args.val_split],
+    )
+    if 'epoch' in checkpoint:
+        facts.update(epoch=checkpoint['epoch'] + 1, epochs=args.epochs)
+    metric = checkpoint.get('metric')
+    of_these_weights = use_ema is None or use_ema == args.run.get('ema', False)
+    if args.eval_metric in _METRICS and metric is not None and math.isfinite(metric) and of_these_weights:
+        facts['metrics'] = {args.eval_metric: metric}
+    if '/' in args.dataset:
+        facts['dataset'] = args.dataset.partition('/')[2]
+    return facts
+
+
+def known_facts(config: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return the facts that a `config.json` has, without what is of another kind than ours."""
+    facts = config.get('timm_netaug')
+    facts = {k: v for k, v in facts.items() if isinstance(v, _FACTS.get(k, ()))} if isinstance(facts, dict) else {}
+    for key in ('command', 'evaluated_with'):
+        if key in facts:
+            facts[key] = [str(word) for word in facts[key]]
+    if 'metrics' in facts:
+        facts['metrics'] = {k: v for k, v in facts['metrics'].items() if k in _METRICS and isinstance(v, (int, float))}
+    return facts
+
+
+def _front_matter(name: str, config: Mapping[str, Any], facts: Mapping[str, Any], with_netaug: bool) -> str:
+    dataset, split = facts.get('dataset'), (facts.get('evaluated_with') or [None])[-1]
+    results = [
+        EvalResult(
+            task_type='image-classification',
+            dataset_type=dataset or 'imagefolder',
+            dataset_name=dataset or 'image folder',
+            dataset_split=split,
+            metric_type='accuracy',
+            metric_name=_METRICS[key],
+            metric_value=round(value, 4),
+        )
+        for key, value in facts.get('metrics', {}).items()
+    ]
+    return ModelCardData(
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'tinyml', *(['netaug'] if with_netaug else [])],
+        license=(config.get('pretrained_cfg') or {}).get('license'),
+        datasets=[dataset] if dataset and re.fullmatch(r'[\w.-]+(/[\w.-]+)?', dataset) else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    ).to_yaml()
+
+
+def model_card(model: nn.Module, config: Mapping[str, Any], repo: str) -> str:
+    """Write the card of a model.
+
+    Args:
+        config: Contents of its `config.json`.
+        repo: OWNER/NAME, or OWNER/NAME@REVISION.
+    """
+    facts, cfg = known_facts(config), config['pretrained_cfg']
+    command = facts.get('command', [])
+    with_netaug = '--netaug' in command or 'converted_from' in facts
+    name = repo.partition('@')[0].rpartition('/')[2]
+    info = describe(model, cfg['input_size'], samples=1)
+    size = ' x '.join(map(str, info['input_size']))
+    about = f'`{config["architecture"]}` for {info["num_classes"]} classes and images of {size}'
+    if with_netaug:
+        about += ', trained with [Network Augmentation](https://arxiv.org/abs/2110.08890)'
+    if 'converted_from' in facts:
+        about += f"; the weights are those of the authors' file `{facts['converted_from']}`"
+    parts = [
+        f'---\n{_front_matter(name, config, facts, with_netaug)}\n---\n\n# {name}\n\n{about}.',
+        f"""## Use
+
+```python
+import timm
+import timm_netaug  # registers the netaug_* names; without it, timm says "Unknown model"
+
+model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+`transform` makes the input as in validation: {size}, mean {_numbers(cfg['mean'])}, std {_numbers(cfg['std'])},
+{cfg['interpolation']}, crop {cfg['crop_pct']:g} ({cfg['crop_mode']}).""",
+        f"""## Size
+
+| | |
+|---|---|
+| parameters | {info['parameters']:,} |
+| MACs | {info['macs'] / 1e6:,.2f} M |
+| flash, int8 | {info['flash_int8_bytes'] / 1024:,.0f} KiB |
+| peak activations, int8 | {info['peak_activation_int8_bytes'] / 1024:,.0f} KiB, at `{info['peak_layer']}` |
+
+Computed for {size}, not measured on a board. {MEMORY_MODEL}""",
+    ]
+    if command:
+        processes = facts.get('processes', 1)
+        program = ['python'] if processes == 1 else ['torchrun', '--nproc-per-node', str(processes)]
+        done = f'{facts["epoch"]} of {facts["epochs"]} epochs' if {'epoch', 'epochs'} <= set(facts) else ''
+        parts.append('## Training\n\n' + _shell([*program, 'train.py', '--data-dir', 'DATA', *command]) + (
+            f'\n\nThe weights are those after {done}. ' if done else '\n\n')
+            + 'Flags that are not there have the defaults of `train.py`.')
+    if facts.get('dataset'):
+        terms = f': {facts["dataset_terms"]}' if facts.get('dataset_terms') else ''
+        parts.append(f'## Data\n\n{facts["dataset"]}{terms}')
+    if facts.get('metrics'):
+        rows = ''.join(f'| {_METRICS[k]} | {v:.2f} % |\n' for k, v in facts['metrics'].items())
+        images = f' of {facts["images"]:,} images' if 'images' in facts else ''
+        split = facts.get('evaluated_with', ['--split', 'validation'])
+        line = ['python', 'validate.py', '--data-dir', 'DATA', '--model', f'hf-hub:{repo}', *split]
+        parts.append(f'## Metrics\n\n| `{split[-1]}` split{images} | |\n|---|---|\n{rows}\n{_shell(line)}')
+    parts.append(f'## Citation\n\n```bibtex\n{_CITATION}\n```')
+    return '\n\n'.join(parts) + '\n'
+
+
+def _numbers(values: List[float]) -> str:
+    return ' '.join(f'{v:g}' for v in values)
+
+
+def _shell(words: List[str]) -> str:
+    """Return a block with a command, broken before flags where its lines get long."""
+    lines = ['']
+    for i, word in enumerate(words):
+        flag = word.startswith('--')
+        if flag and len(lines[-1]) + sum(len(shlex.quote(w)) + 1 for w in words[i:i + 3]) > 110:
+            lines.append('   ')
+        lines[-1] += (' ' if lines[-1] else '') + shlex.quote(word)
+    return '```bash\n' + ' \\\n'.join(lines) + '\n```'
