@@ -176,7 +176,8 @@ def test_resume(run_dir, digits, tmp_path):
     run_python(*args, '--experiment', 'resumed')
     one, two = (torch.load(d / 'last.pth.tar', weights_only=False) for d in (run_dir, tmp_path / 'resumed'))
     assert one['epoch'] == two['epoch'] == 1
-    for a, b in ((one['task_state']['supernet'], two['task_state']['supernet']), (one['state_dict'], two['state_dict'])):
+    for a, b in ((one['task_state']['supernet'], two['task_state']['supernet']),
+                 (one['state_dict'], two['state_dict'])):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     done = run_python(*args, '--netaug-divisor', 8, check=False)
     assert done.returncode == 1 and 'divisor is 1 there and 8 here' in done.stderr and 'Traceback' not in done.stderr

@@ -53,7 +53,7 @@ def _move_files(folder: Path, out_dir: str) -> None:
 
 def _write_folder(args: argparse.Namespace, folder: Path) -> Tuple[nn.Module, Dict[str, Any]]:
     """Write weights and config of what `push` names; returns its model and the facts that are known of it."""
-    source, facts = args.checkpoint, {}
+    source = args.checkpoint
     if os.path.isdir(source):
         if args.model or args.use_ema:
             raise UserError(f'{source} is an exported folder, which has one model: leave --model and --use-ema out.')

@@ -471,8 +471,17 @@ def _given(parser: argparse.ArgumentParser, args: argparse.Namespace, dests: Seq
     return {d: flags[d] for d in dests if getattr(args, d) != parser.get_default(d)}
 
 
-def _check_minima(parser: argparse.ArgumentParser, args: argparse.Namespace, minima: Dict[str, int]) -> None:
+def _check_values(
+        parser: argparse.ArgumentParser,
+        args: argparse.Namespace,
+        choices: Dict[str, tuple],
+        minima: Dict[str, int],
+) -> None:
     flags = {a.dest: (a.option_strings or [a.dest])[-1] for a in parser._actions}
+    for dest, values in choices.items():
+        if getattr(args, dest) not in values:
+            raise UserError(f'{flags[dest]} takes one of {", ".join(repr(c) for c in values if c)},'
+                            f' got {getattr(args, dest)!r}.')
     for dest, minimum in minima.items():
         value = getattr(args, dest)
         if value is not None and value < minimum:
@@ -490,11 +499,7 @@ def check_train_args(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     if args.netaug:
         for flag in _given(parser, args, _REFUSED_WITH_NETAUG).values():
             raise UserError(f'{flag} is not carried out together with --netaug yet: leave one of the two out.')
-    for dest, choices in _CHOICES.items():
-        if getattr(args, dest) not in choices:
-            raise UserError(f'--{dest.replace("_", "-")} takes one of {", ".join(repr(c) for c in choices if c)},'
-                            f' got {getattr(args, dest)!r}.')
-    _check_minima(parser, args, dict(
+    _check_values(parser, args, _CHOICES, dict(
         batch_size=1, validation_batch_size=1, epochs=1, grad_accum_steps=1, log_interval=1, val_interval=1,
         checkpoint_hist=1, num_classes=1, img_size=1, seed=0, start_epoch=0, workers=0, recovery_interval=0,
         warmup_epochs=0, clip_grad=0))
@@ -562,11 +567,7 @@ def check_validate_args(parser: argparse.ArgumentParser, args: argparse.Namespac
     given = {dest for dest in flags if hasattr(args, dest) and getattr(args, dest) != parser.get_default(dest)}
     if args.fuser in ('nvfuser', 'nvf'):
         raise UserError(f'--fuser {args.fuser}: PyTorch has no nvFuser for TorchScript any more; there is --fuser te.')
-    for dest, choices in _VALIDATE_CHOICES.items():
-        if getattr(args, dest) not in choices:
-            raise UserError(f'{flags[dest]} takes one of {", ".join(repr(c) for c in choices if c)},'
-                            f' got {getattr(args, dest)!r}.')
-    _check_minima(parser, args, dict(
+    _check_values(parser, args, _VALIDATE_CHOICES, dict(
         batch_size=1, num_gpu=1, log_freq=1, naflex_max_seq_len=1, num_classes=1, img_size=1, seed=0, workers=0))
     for dest, needs in _VALIDATE_NEEDS.items():
         if dest in given and needs not in given:
