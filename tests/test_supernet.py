@@ -424,16 +424,18 @@ def test_statistics_after_an_epoch_of_ten_steps():
             return (model.eval()(x).argmax(1) == y).float().mean().item() * 100
 
     checked = 0
-    for epoch in range(8):
-        # While the weights move fast, no mean of past batches is right, sort or not: slow down before the check.
-        optimizer.param_groups[0]['lr'] = 0.05 if epoch < 5 else 0.02
+    for epoch in range(9):
+        # While the weights move fast, no mean of past batches is right, sort or not: slow down before the check, and
+        # let an epoch pass, in which the momentum is still that of the fast ones. (Without it the gap was 0.0 to 1.4
+        # points, by seed and by machine; so it is 0.1, and 3.7 where the statistics do not start anew.)
+        optimizer.param_groups[0]['lr'] = 0.05 if epoch < 5 else 0.01
         task.start_epoch(epoch, 1000, optimizer)
         supernet.train()
         for batch in torch.randperm(len(x)).split(128)[:10]:
             optimizer.zero_grad()
             task(x[batch], y[batch])['loss'].backward()
             optimizer.step()
-        if epoch < 5:
+        if epoch < 6:
             continue
         got = top1(export(supernet))
         model = export(supernet).train()
