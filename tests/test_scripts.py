@@ -89,6 +89,8 @@ def test_every_flag_is_read_or_refused():
     ('model: [a, b]', 'takes one value'),
     ('batch_size: 1.5', "'batch_size'.*invalid int"),
     ('input_size: [3, 32]', "'input_size'.*expected 3"),
+    ('netaug_width_mults: []', "'netaug_width_mults'.*takes a list"),
+    ('wandb_tags: ["--netaug"]', "'wandb_tags'.*takes a list"),
     ('- lr', 'must map flags to values'),
     ('lr: 0.1\nlr: 0.2', "'lr' stands there twice"),
     ('batch-size: 1\nbatch_size: 2', "'batch_size' stands there twice"),
@@ -99,6 +101,14 @@ def test_strict_yaml(text, said, tmp_path):
     file.write_text(text)
     with pytest.raises(UserError, match=said):
         parse_args(train_parser(), ['-c', str(file)])
+
+
+@pytest.mark.parametrize('argv, near', [
+    (['--epohcs', '3'], '--epochs'), (['--netaug-width-mult=2'], '--netaug-width-mults'),
+])
+def test_misspelt_flag(argv, near):
+    with pytest.raises(UserError, match=f'Unknown flag {argv[0]}; the nearest is {near}.'):
+        parse_args(train_parser(), ['--data-dir', 'D', *argv])
 
 
 def test_yaml_says_what_flags_say(tmp_path):

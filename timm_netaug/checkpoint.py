@@ -97,8 +97,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     try:
         checkpoint = load_checkpoint_metadata(path)
     except Exception as e:  # a truncated file makes torch and pickle raise nearly anything
-        raise UserError(f'{path} is not a checkpoint that PyTorch can read safely, or it is truncated:'
-                        f' {first_line(e)}.') from e
+        raise UserError(f'{path} is not a checkpoint that PyTorch can read safely, or it is truncated.') from e
     if not isinstance(checkpoint, dict):
         raise UserError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint.')
     return checkpoint

@@ -403,7 +403,12 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse
     finder.add_argument('-c', '--config')
     known, rest = finder.parse_known_args(argv)
     from_config = _config_to_argv(parser, known.config) if known.config else []
-    args, typed = parser.parse_args([*from_config, *rest]), parser.parse_args(rest)
+    args, unknown = parser.parse_known_args([*from_config, *rest])
+    if unknown:
+        flags = [s for a in parser._actions for s in a.option_strings]
+        near = difflib.get_close_matches(unknown[0].split('=')[0], flags, 1, 0)
+        raise UserError(f'Unknown flag {unknown[0]}; the nearest is {near[0]}.')
+    typed = parser.parse_args(rest)
     if typed.data and typed.data_dir and typed.data != typed.data_dir:
         raise UserError(f'Two data sets given, {typed.data} and --data-dir {typed.data_dir}: leave one out.')
     args.config = known.config

@@ -62,5 +62,6 @@ def check_split(dataset: Any, data_dir: str, split: str, required: bool = True) 
         return
     has_splits = any(os.path.isdir(os.path.join(data_dir, name)) for name in _SPLITS)
     if required or has_splits:
-        raise UserError(f'There is no folder {os.path.join(data_dir, split)}: name the split that there is with'
-                        f' {"--train-split or --val-split" if required else "--split"}.')
+        flags = '--train-split and --val-split' if required else '--split'
+        raise UserError(f'There is no folder {os.path.join(data_dir, split)}: --data-dir is the folder around the'
+                        f' splits, which have their names from {flags}.')

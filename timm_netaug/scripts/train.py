@@ -159,7 +159,8 @@ def set_up_data(args, data_config: Dict[str, Any], device: torch.device, dtype) 
         raise UserError(f'The data set has {len(names)} classes, the model {args.num_classes}:'
                         f' add --num-classes {len(names)}.')
     if names and len(names) < args.num_classes:
-        _logger.info(f'The model has {args.num_classes} classes, the data set {len(names)}.')
+        _logger.warning(f'The model has {args.num_classes} classes, the data set {len(names)}:'
+                        f' --num-classes {len(names)} would make it smaller.')
 
     collate_fn = mixup_fn = None
     if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
@@ -547,7 +548,7 @@ def train() -> None:
         try:
             model = timm_netaug.augment(model, config)
         except ValueError as e:
-            raise UserError(f'--netaug: {e}') from e
+            raise UserError(f'--netaug: {e} The models that it takes are listed in docs/models.md.') from e
         if not (args.pretrained or args.pretrained_path or args.initial_checkpoint):
             model.init_weights()
         run['netaug'] = model.netaug_config.to_dict()
