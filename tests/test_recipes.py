@@ -1,5 +1,7 @@
-"""The recipes in hfconfigs/: what train.py makes of them, and that they say what the paper's training was."""
+"""The folders in hfconfigs/: what train.py makes of their recipes, that these say what the paper's training was, and
+that configs and cards are what the code makes of them today."""
 import importlib.util
+import json
 import math
 import re
 import shlex
@@ -14,11 +16,14 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from conftest import MODELS, ROOT
 from timm_netaug import NetAugConfig
-from timm_netaug.scripts.args import check_train_args, netaug_config, parse_args, train_parser
+from timm_netaug.card import model_card
+from timm_netaug.fetch import check_config
+from timm_netaug.scripts.args import FREE_FLAGS, check_train_args, netaug_config, parse_args, train_parser
 from timm_netaug.scripts.train import set_up_model
 
 FOLDER = ROOT / 'hfconfigs'
 RECIPES = sorted(p.parent.name for p in FOLDER.glob('*/train.yaml'))
+CONFIGS = sorted(p.parent.name for p in FOLDER.glob('*/config.json'))
 PAPER = [r for r in RECIPES if r != 'netaug_mbv2_tiny.netaug_digits']
 UPDATES = 8  # in an epoch
 SIZES = {'netaug_mbv2_tiny': 144, 'netaug_mcunet': 176}
@@ -144,3 +149,20 @@ def test_optimizer_and_schedule(recipe):
     want = [base + (peak - base) * i / warmup for i in range(warmup)]
     want += [peak * (1 + math.cos(math.pi * i / cosine)) / 2 for i in range(cosine)]
     assert rates == pytest.approx(want) and max(rates) == pytest.approx(peak)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config_and_card(name):
+    """A published model's config builds, is of the folder's architecture and of its recipe, and makes its card."""
+    config = json.loads((FOLDER / name / 'config.json').read_text(encoding='utf-8'))
+    model = check_config(FOLDER / name, name)
+    assert name in RECIPES and config['architecture'] == name.split('.')[0]
+    assert model.num_classes == config['num_classes'] == len(config['label_names'])
+    trained_with = parse_args(train_parser(), ['--data-dir', 'D', *config['timm_netaug']['command']])
+    recipe = parse(name, '--data-dir', 'D')
+    assert {k for k, v in vars(recipe).items() if getattr(trained_with, k) != v} <= {'config', *FREE_FLAGS}
+    assert (FOLDER / name / 'README.md').read_text(encoding='utf-8') == model_card(model, config, f'OWNER/{name}')
+
+
+def test_cards_are_there():
+    assert CONFIGS and CONFIGS == sorted(p.parent.name for p in FOLDER.glob('*/README.md'))

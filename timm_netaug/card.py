@@ -33,7 +33,7 @@ def _flags(args: argparse.Namespace, only: Optional[tuple] = None) -> List[str]:
     parser, argv = train_parser(), []
     for action in parser._actions:
         value = getattr(args, action.dest, action.default)
-        if action.dest in ('help', 'workers', *FREE_FLAGS) or (only and action.dest not in only):
+        if action.dest in ('help', *FREE_FLAGS) or (only and action.dest not in only):
             continue
         if value == action.default:
             continue

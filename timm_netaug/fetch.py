@@ -26,7 +26,7 @@ from .checkpoint import load_weights, read_weights
 from .errors import UserError, first_line
 from .reference import checkpoint_filter_fn
 
-__all__ = ['CONFIG', 'WEIGHTS', 'PICKLE', 'fetch', 'hub_errors', 'load_folder', 'local_name']
+__all__ = ['CONFIG', 'WEIGHTS', 'PICKLE', 'check_config', 'fetch', 'hub_errors', 'load_folder', 'local_name']
 
 CONFIG, WEIGHTS, PICKLE = 'config.json', 'model.safetensors', 'pytorch_model.bin'
 _MAX_CONFIG = 8 << 20  # the names and descriptions of ImageNet-21K's classes have 2 MiB
@@ -96,7 +96,7 @@ def _check_numbers(value: Any, place: str) -> None:
         raise ValueError(f'{place} is {value:.6g}')
 
 
-def _check_config(folder: Path, source: str) -> nn.Module:
+def check_config(folder: Path, source: str) -> nn.Module:
     """Build, without memory for its weights, the model that a folder's config describes.
 
     Args:
@@ -139,7 +139,7 @@ def load_folder(folder: Union[str, Path], source: str, weights: str = WEIGHTS) -
     Raises:
         UserError: The folder is not of one model, or of one of absurd size.
     """
-    _check_config(Path(folder), source)
+    check_config(Path(folder), source)
     state_dict = read_weights(str(Path(folder, weights)))
     model = create_model(f'local-dir:{folder}')
     try:
@@ -171,7 +171,7 @@ def fetch(name: str, allow_pickle: bool = False, weights: bool = True) -> Path:
         if size > _MAX_CONFIG:
             raise UserError(f'{name} can not be used, its {CONFIG} has {size:,} bytes.')
         folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision)).parent
-        model = _check_config(folder, name)
+        model = check_config(folder, name)
         if not weights:
             return folder
         commit = folder.name  # what has been checked, whatever the revision points to by now
