@@ -19,7 +19,7 @@ from timm_netaug import NetAugConfig
 from timm_netaug.card import model_card
 from timm_netaug.fetch import check_config
 from timm_netaug.scripts.args import FREE_FLAGS, check_train_args, netaug_config, parse_args, train_parser
-from timm_netaug.scripts.train import set_up_model
+from timm_netaug.scripts.build import set_up_model
 
 FOLDER = ROOT / 'hfconfigs'
 RECIPES = sorted(p.parent.name for p in FOLDER.glob('*/train.yaml'))

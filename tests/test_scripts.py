@@ -13,8 +13,10 @@ from timm.utils import ParseKwargs
 
 import timm_netaug
 from conftest import ROOT, images, make, readme_block, run_python
+from timm_netaug.checkpoint import describe_run
 from timm_netaug.errors import UserError
-from timm_netaug.scripts import args
+from timm_netaug.export import export_folder
+from timm_netaug.scripts import args, build
 from timm_netaug.scripts.args import check_train_args, netaug_config, parse_args, train_parser, validate_parser
 
 SMALL = ['--num-classes', 10, '--img-size', 32, '-b', 256, '-j', 0, '--warmup-epochs', 0, '--crop-pct', 1.0]
@@ -38,20 +40,37 @@ def test_every_flag_of_timm(script, parser):
 
 
 @pytest.mark.parametrize('argv, said', [
-    (['--naflex-loader'], '--naflex-loader is not carried out yet'),
-    (['--kd-model-name', 'resnet18'], '--kd-model-name is not carried out yet'),
-    (['--kd-temperature', '2'], '--kd-temperature is not carried out yet'),
-    (['--train-img-sizes', '32', '64'], '--train-img-sizes is not carried out yet'),
-    (['--sync-bn'], '--sync-bn is not carried out yet'),
-    (['--netaug', '--torchcompile'], '--torchcompile is not carried out together with --netaug'),
-    (['--netaug', '--grad-checkpointing'], '--grad-checkpointing is not carried out together with --netaug'),
+    (['--naflex-loader'], '--naflex-loader is not carried out: NaFlex models are transformers'),
+    (['--naflex-max-seq-len', '64'], '--naflex-max-seq-len is not carried out'),
+    (['--kd-temperature', '2'], '--kd-temperature does nothing without --kd-model-name or --netaug-distill'),
+    (['--kd-model-name', 'x', '--kd-temperature', '0'], '--kd-temperature must be above 0'),
+    (['--kd-model-name', 'x', '--kd-loss-type', 'mse'], "--kd-loss-type takes one of 'kl'"),
+    (['--kd-model-name', 'x', '--kd-token-distill-type', 'hard'], 'does nothing without --kd-distill-type token'),
+    (['--kd-model-name', 'x', '--task-loss-weight', '-1'], '--task-loss-weight must be at least 0'),
+    (['--kd-model-name', 'x', '--task-loss-weight', '2'], '--task-loss-weight above 1 needs --distill-loss-weight'),
+    (['--netaug', '--kd-model-name', 'x', '--kd-distill-type', 'token'], 'does not go together with --netaug'),
+    (['--distill-loss-weight', '1'], '--distill-loss-weight does nothing without --kd-model-name'),
+    (['--train-img-sizes', '32', '64', '--train-batch-sizes', '8'], '--train-batch-sizes needs a value for each of'),
+    (['--train-img-sizes', '0', '64'], '--train-img-sizes and --train-batch-sizes must be at least 1'),
+    (['--train-batches-per-epoch', '3'], '--train-batches-per-epoch does nothing without --train-img-sizes'),
+    (['--variable-batch-loss-scale', 'sqrt'], 'does nothing without --train-batch-sizes'),
+    (['--netaug', '--torchscript'], '--torchscript does not go together with --netaug'),
+    (['--netaug', '--split-bn', '--aug-splits', '2'], '--split-bn does not go together with --netaug'),
+    (['--netaug', '--fuser', 'te'], '--fuser does not go together with --netaug'),
+    (['--fuser', 'te'], '--fuser does nothing without --torchscript'),
+    (['--torchscript', '--torchcompile'], '--torchscript and --torchcompile do not go together'),
+    (['--netaug', '--netaug-every', '0'], '--netaug-every must be'),
+    (['--netaug', '--netaug-distill', '-1'], '--netaug-distill must be'),
+    (['--netaug', '--netaug-batch-fraction', '0'], '--netaug-batch-fraction is a share'),
+    (['--netaug', '--netaug-batch-fraction', '0.5', '--aug-splits', '2'], 'does not go together with --aug-splits'),
+    (['--drop-path', '0.1', '--drop-connect', '0.1'], '--drop-connect is the old name'),
     (['--netaug-alpha', '2'], 'do nothing without --netaug'),
     (['--netaug', '--netaug-divisor', '0'], '--netaug-divisor must be'),
     (['--netaug', '--netaug-width-mults', '0.5'], '--netaug-width-mults must be'),
     (['--clip-mode', 'nrom'], '--clip-mode takes one of'),
     (['--batch-size', '0'], '--batch-size must be at least 1'),
     (['--bce-sum'], '--bce-sum does nothing without --bce-loss'),
-    (['--tta', '2'], '--tta is not carried out yet'),
+    (['--tta', '2'], '--tta is not carried out: '),
     (['--model-ema-decay', '0.5'], '--model-ema-decay does nothing without --model-ema'),
     (['--scale', '0.5'], '--scale takes two numbers'),
     (['--interpolation', 'cubic'], '--interpolation takes one of'),
@@ -67,8 +86,9 @@ def test_refused_by_name(argv, said):
 
 def test_every_flag_is_read_or_refused():
     """No flag is parsed and then forgotten."""
-    code = ''.join((ROOT / 'timm_netaug/scripts' / p).read_text() for p in ('train.py', 'data.py', 'device.py'))
-    refused = {*args._REFUSED, *args._REFUSED_IF_CHANGED}  # with --netaug alone is not enough
+    code = ''.join((ROOT / 'timm_netaug/scripts' / p).read_text() for p in (
+        'train.py', 'build.py', 'data.py', 'device.py', 'loaders.py', 'run_folder.py'))
+    refused = set(args._REFUSED)  # with --netaug alone is not enough
     by_timm = {  # read off the arguments by timm's helpers
         'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'layer_decay', 'layer_decay_min_scale',
         'layer_decay_no_opt_scale', 'lr_noise', 'lr_noise_pct', 'lr_noise_std', 'lr_cycle_mul', 'lr_cycle_decay',
@@ -225,6 +245,48 @@ def test_everything_at_once_still_trains(digits, tmp_path):
     assert timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True).num_classes == 10
 
 
+@pytest.fixture(scope='module')
+def teachers(tmp_path_factory):
+    """Exported models of random weights, to be taken for teachers."""
+    root = tmp_path_factory.mktemp('teachers')
+    for name, architecture, classes in (
+            ('same', 'test_resnet', '0123456789'), ('3', 'test_resnet', '012'),
+            ('vit', 'vit_tiny_patch16_224', '0123456789'), ('letters', 'test_resnet', 'abcdefghij')):
+        model = make(architecture, num_classes=len(classes))
+        config = timm.data.resolve_model_data_config(model)
+        export_folder(model, root / name, describe_run(model, config, list(classes)))
+    return root
+
+
+def test_distillation_through_the_script(digits, teachers, tmp_path):
+    """With and without NetAug; the teacher gets the images of the run at its own normalisation, not the registry's."""
+    common = ['train.py', '--data-dir', digits, *SMALL, '--model', 'netaug_mbv2_tiny', '--epochs', 1, '--mean', 0.3,
+              '--std', 0.35, '--output', tmp_path, '--kd-model-name', f'local-dir:{teachers}/same']
+    for flags, columns in (([], ['loss', 'task_loss', 'kd_loss', 'top1']),
+                           (['--netaug'], ['loss', 'tiny_loss', 'kd_loss', 'aug_loss', 'top1'])):
+        run_python(*common, *flags, '--experiment', 'a' if flags else 'b')
+        rows = list(csv.DictReader((tmp_path / ('a' if flags else 'b') / 'summary.csv').open()))
+        assert [c for c in rows[0] if c.startswith('train_')] == [f'train_{c}' for c in columns]
+        assert all(float(rows[0][f'train_{c}']) > 0 for c in columns)
+    flags = ['train.py', '--data-dir', str(digits), '--num-classes', '10', '--mean', '0.3', '--std', '0.35', '--netaug',
+             '--kd-model-name', f'local-dir:{teachers}/same', '--img-size', '32', '--model', 'netaug_mbv2_tiny']
+    args = parse_args(train_parser(), flags[1:])
+    model = build.set_up_model(args)
+    data_config = timm.data.resolve_input_data_config(model, args=vars(args))
+    teacher = build.set_up_teacher(args, data_config, None, torch.device('cpu'), torch.float32)
+    for netaug in (True, False):
+        args.netaug = netaug
+        task = build.set_up_task(args, timm_netaug.augment(model) if netaug else model, teacher, data_config,
+                                 torch.device('cpu'), torch.float32)
+        seen = []
+        hook = teacher.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        x = images(2, 32)
+        task(x, torch.tensor([0, 1]))
+        hook.remove()
+        torch.testing.assert_close(seen[0], (x * 0.35 + 0.3 - teacher.mean_kd) / teacher.std_kd)
+        assert len(seen) == 1
+
+
 @pytest.mark.parametrize('argv, said', [
     (['--model', 'resnet18', '--netaug'], 'it is of type ResNet, which is not supported'),
     (['--model', 'netaug_mcunet', '--num-classes', 5], 'has 10 classes, the model 5: add --num-classes 10'),
@@ -236,14 +298,29 @@ def test_everything_at_once_still_trains(digits, tmp_path):
     (['--model', 'netaug_mcunet.no_tag', '--pretrained'], 'Invalid pretrained tag'),
     (['--model', 'netaug_mcunet', '--resume', '/no/such.pth'], 'There is no checkpoint /no/such.pth'),
     (['--model', 'netaug_mcunet', '-b', 5000], 'fewer images than a batch'),
+    (['--model', 'netaug_mcunet', '--epoch-repeats', 2], '--epoch-repeats is for iterable data sets alone'),
+    (['--model', 'netaug_mcunet', '--netaug', '--netaug-every', 7], 'at most the 5 updates of an epoch here'),
+    (['--model', 'netaug_mcunet', '--sync-bn'], '--sync-bn: PyTorch synchronises BatchNorm on CUDA only'),
+    (['--model', 'netaug_mcunet', '--kd-model-name', 'resnet999'], 'Unknown model resnet999; the nearest name is'),
+    (['--model', 'netaug_mcunet', '--kd-model-name', 'netaug_mbv2_035'], 'can not be loaded: No pretrained weights'),
+    (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:/no/such'], 'local-dir:/no/such can not be loaded'),
+    (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/3'], 'is for 3 classes, the student for 10'),
+    (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/vit'], 'does not take images of 3 x 32 x 32'),
+    (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/letters'], 'has other classes .*a, here 0'),
+    (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/same', '--kd-distill-type', 'feature',
+      '--kd-teacher-feature-dim', 7], 'the teacher has 96 features, what the student is projected to 7'),
+    (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/same', '--kd-distill-type', 'feature',
+      '--kd-student-feature-dim', 7], '--kd-student-feature-dim 7 is not the number of features'),
+    (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/same', '--kd-distill-type', 'token'],
+     "does not have 'set_distilled_training'"),
     (['--model', 'netaug_mcunet', '--device', 'cuda'], 'use --device cpu'),
 ])
-def test_wrong_input_gets_one_sentence(argv, said, digits, tmp_path, capsys, monkeypatch):
+def test_wrong_input_gets_one_sentence(argv, said, digits, teachers, tmp_path, capsys, monkeypatch):
     if 'cuda' in argv and torch.cuda.is_available():
         pytest.skip('there is a GPU')
     from timm_netaug.scripts import train
     base = ['train.py', '--data-dir', digits, *SMALL, '--epochs', 1, '--output', tmp_path / 'out', *argv]
-    monkeypatch.setattr(sys, 'argv', [str(a) for a in base])
+    monkeypatch.setattr(sys, 'argv', [str(a).replace('TEACHER', str(teachers)) for a in base])
     with pytest.raises(UserError, match=said) as e:
         train.train()
     assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()

@@ -6,13 +6,14 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from timm.optim import create_optimizer_v2
 
 import timm_netaug
 from conftest import MODELS, OTHERS, generator, images, make, make_supernet
-from timm_netaug import NetAugConfig, augment, export
-from timm_netaug.elastic import ElasticBatchNormAct2d
+from timm_netaug import NetAugConfig, augment, elastic, export
+from timm_netaug.elastic import STATE, ElasticBatchNormAct2d
 
 # Parameters of the whole super-network, in millions, with 1000 classes (measured on the reference implementation).
 SUPERNET_PARAMS = {
@@ -266,8 +267,6 @@ def test_not_a_stock_model():
         augment(supernet)
     with pytest.raises(ValueError, match='reset the stock model'):
         supernet.reset_classifier(3)
-    with pytest.raises(ValueError, match='gradient checkpointing'):
-        supernet.set_grad_checkpointing()
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -450,3 +449,67 @@ def test_statistics_after_an_epoch_of_ten_steps():
         checked += 1
     assert checked == 3
     assert any(isinstance(m, ElasticBatchNormAct2d) for m in supernet.modules())
+
+
+@pytest.mark.parametrize('name', MODELS + OTHERS)
+def test_gradient_checkpointing(name):
+    """Gradients and statistics are those without it, though the backward pass comes when the widths are others."""
+    stock = make(name, drop_path_rate=0.3)
+    stock.set_grad_checkpointing()
+    checkpointed = augment(stock)
+    plain = augment(make(name, drop_path_rate=0.3))
+    plain.load_state_dict(checkpointed.state_dict())
+    x, y = images(4, 64), torch.arange(4)
+    calls = []
+    checkpointed.blocks[1][0].register_forward_pre_hook(lambda *args: calls.append(1))
+    for supernet in (plain, checkpointed):
+        supernet.train().sort_channels()  # the statistics start anew, which counts batches
+        torch.manual_seed(0)
+        loss = F.cross_entropy(supernet(x), y)
+        with supernet.sampled(generator(3)):
+            loss = loss + F.cross_entropy(supernet(x), y)
+        loss.backward()
+    assert len(calls) == 4  # two passes, each of them twice
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), checkpointed.parameters()))
+    for (key, one), two in zip(plain.state_dict().items(), checkpointed.state_dict().values()):
+        assert torch.equal(one, two), key
+    assert plain.batches_since_sort == checkpointed.batches_since_sort == 1
+    checkpointed.zero_grad(set_to_none=True)
+    checkpointed.set_grad_checkpointing(False)
+    calls.clear()
+    checkpointed(x).sum().backward()
+    assert len(calls) == 1
+    checkpointed.set_grad_checkpointing()
+    tiny = export(checkpointed)
+    assert type(tiny.blocks) is torch.nn.Sequential and not tiny.grad_checkpointing
+    assert not {k for m in tiny.modules() for k in vars(m)} & set(STATE)
+
+
+def test_synchronised_batchnorm(monkeypatch):
+    """Where there are several processes, every norm hands its slices to PyTorch's own function, which needs CUDA."""
+    seen = []
+
+    class Stub:
+        @staticmethod
+        def apply(x, weight, bias, mean, var, eps, momentum, group, processes):
+            seen.append((x.shape[1], processes))
+            return F.batch_norm(x, mean, var, weight, bias, True, momentum, eps)
+
+    monkeypatch.setattr(elastic, 'sync_batch_norm', Stub)
+    plain, synchronised = make_supernet('netaug_mbv3_035').train(), make_supernet('netaug_mbv3_035').train()
+    synchronised.synchronise_batchnorm()
+    x = images()
+    assert torch.equal(plain(x), synchronised(x)) and not seen  # one process
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.distributed, 'get_world_size', lambda *args: 2)
+    for supernet in (plain, synchronised):
+        supernet(x)
+        with supernet.sampled(generator()):
+            supernet(x)
+    norms = [m for m in synchronised.modules() if isinstance(m, elastic.ElasticBatchNormAct2d)]
+    assert len(seen) == 2 * len(norms) > 60 and {p for _, p in seen} == {2}
+    for (key, one), two in zip(plain.state_dict().items(), synchronised.state_dict().values()):
+        assert torch.equal(one, two), key
+    synchronised.eval()(x)
+    assert len(seen) == 2 * len(norms)
+    assert type(export(synchronised)) is type(make('netaug_mbv3_035'))

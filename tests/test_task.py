@@ -3,12 +3,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.task import DistillationTeacher, LogitDistillationTask
 from timm.utils import CheckpointSaver
 
 import timm_netaug
 from conftest import MODELS, OTHERS, generator, images, make, make_supernet
 from timm_netaug import NetAugTask
-from timm_netaug.task import step_generator
+from timm_netaug.task import distillation_loss, step_generator
 
 
 def labels(batch=4):
@@ -124,3 +125,175 @@ def test_refusals(tmp_path):
         task.load_checkpoint_state(state['state_dict'])
     with pytest.raises(ValueError, match='divisor is 1 there and 8 here'):
         make_task(config=dict(divisor=8)).load_checkpoint_state(**state)
+
+
+def make_teacher(**cfg):
+    """A teacher of another architecture, with a normalisation of its own, that counts its forward passes."""
+    model = make('test_resnet')
+    model.pretrained_cfg.update(cfg)
+    teacher = DistillationTeacher(model)
+    teacher.calls = []
+    model.register_forward_hook(lambda module, args, output: teacher.calls.append((args[0], output)))
+    return teacher
+
+
+@pytest.mark.parametrize('weights, want', [
+    (dict(), (1, 1)), (dict(task_loss_weight=0.3), (0.3, 0.7)), (dict(distill_loss_weight=2.0), (1, 2)),
+    (dict(task_loss_weight=0.5, distill_loss_weight=3.0), (0.5, 3)),
+])
+def test_teacher(weights, want):
+    """Both sub-networks learn from one pass of the teacher; without the augmented one it is timm's own distillation."""
+    x, y = images(), labels()
+    teacher = make_teacher(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    task = make_task(config=dict(alpha=0.5), teacher=teacher, temperature=3.0, seed=5, **weights)
+    with task.supernet.sampled(step_generator(5, 0)) as widths:
+        wide = timm_netaug.export(task.supernet, widths).train()
+    tiny = timm_netaug.export(task.supernet).train()
+    assert (task.task_loss_weight, task.distill_loss_weight) == pytest.approx(want)
+    result = task(x, y)
+    assert len(teacher.calls) == 1
+    seen, logits = teacher.calls[0]
+    mean, std = (torch.tensor(tiny.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ('mean', 'std'))
+    torch.testing.assert_close(seen, (x * std + mean - teacher.mean_kd) / teacher.std_kd)
+    for stock, loss in ((tiny, 'tiny_loss'), (wide, 'aug_loss')):
+        own = LogitDistillationTask(
+            stock, teacher, criterion=torch.nn.CrossEntropyLoss(), temperature=3.0, verbose=False, **weights)(x, y)
+        assert torch.equal(result[loss], own['loss'].detach())
+        if loss == 'tiny_loss':
+            assert torch.equal(result['kd_loss'], own['kd_loss'].detach())
+    assert torch.equal(result['loss'], result['tiny_loss'] + 0.5 * result['aug_loss'])
+    result['loss'].backward()
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert not task.train().teacher.model.training
+    assert not any(k.startswith('teacher') for k in task.get_task_state()['supernet'])
+
+
+def test_in_situ_distillation():
+    """The augmented sub-network teaches the tiny one, and learns nothing from it; no further forward pass."""
+    x, y = images(), labels()
+    passes = []
+    task = make_task(config=dict(distill=0.7), temperature=2.0, seed=5)
+    task.supernet.register_forward_hook(lambda *args: passes.append(args[2]))
+    result = task(x, y)
+    assert len(passes) == 2
+    tiny, wide = passes[0].detach(), passes[1].detach()
+    want = F.kl_div((tiny / 2).log_softmax(1), (wide / 2).softmax(1), reduction='batchmean') * 4
+    torch.testing.assert_close(result['distill_loss'], want)
+    assert torch.equal(result['loss'], result['tiny_loss'] + result['aug_loss'] + 0.7 * result['distill_loss'])
+    result['loss'].backward()
+    got = [p.grad.clone() for p in task.supernet.parameters()]
+    task.supernet.zero_grad()
+    plain = make_task(seed=5)
+    plain.supernet.register_forward_hook(lambda *args: passes.append(args[2]))
+    passes.clear()
+    loss = plain(x, y)['loss']
+    log_p, log_q = ((logits / 2).log_softmax(1) for logits in (passes[0], wide))
+    (loss + 0.7 * F.kl_div(log_p, log_q, reduction='batchmean', log_target=True) * 4).backward()
+    for one, p in zip(got, plain.supernet.parameters()):
+        torch.testing.assert_close(one, p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_part_of_the_batch():
+    """The augmented sub-network sees the first images alone, the tiny one all of them."""
+    x, y = images(6), labels(6)
+    task = make_task(config=dict(batch_fraction=0.5, distill=1.0), teacher=make_teacher(), seed=5)
+    with task.supernet.sampled(step_generator(5, 0)) as widths:
+        wide = timm_netaug.export(task.supernet, widths).train()
+    tiny = timm_netaug.export(task.supernet).train()
+    result = task(x, y)
+    own = LogitDistillationTask(
+        wide, make_teacher(), criterion=torch.nn.CrossEntropyLoss(), temperature=4.0, verbose=False)(x[:3], y[:3])
+    assert torch.equal(result['output'], tiny(x))
+    assert torch.equal(result['aug_loss'], own['loss'].detach())
+    want = distillation_loss(result['output'][:3], own['output'], 4.0)
+    torch.testing.assert_close(result['distill_loss'], want.detach())
+    seen = []
+    task = make_task(config=dict(batch_fraction=0.01))
+    task.supernet.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    task(x, y)
+    assert seen == [6, 2]
+
+
+def test_every_nth_step():
+    """The mean gradient over n steps is that of training the augmented sub-network once with n-fold weight."""
+    task = make_task(config=dict(every=3, alpha=0.5, distill=0.2), seed=5)
+    passes = []
+    task.supernet.register_forward_hook(lambda *args: passes.append(1))
+    counts, results = [], []
+    for step in range(6):
+        task.start_update(step)
+        passes.clear()
+        results.append(task(images(), labels()))
+        counts.append(len(passes))
+    assert counts == [2, 1, 1, 2, 1, 1]
+    assert [('aug_loss' in r, 'distill_loss' in r) for r in results] == [(c == 2, c == 2) for c in counts]
+    r = results[0]
+    torch.testing.assert_close(r['loss'], r['tiny_loss'] + 3 * (0.5 * r['aug_loss'] + 0.2 * r['distill_loss']))
+    assert torch.equal(results[1]['loss'], results[1]['tiny_loss'])
+    results[1]['loss'].backward()
+    assert all(p.grad is not None for p in task.supernet.parameters())  # as DistributedDataParallel wants it
+
+
+def test_compiled_tiny_pass():
+    """What is static is compiled, once: widths and sorts bring nothing new to compile, and the numbers stay."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    tasks = [make_task(config=dict(stop_width_at=1.0), seed=5) for _ in range(2)]
+    optimizers = [torch.optim.SGD(t.supernet.parameters(), lr=1e-5, momentum=0.9) for t in tasks]
+    tasks[1].compile(backend=backend)
+    compiled = []
+    for epoch in range(2):
+        for task, optimizer in zip(tasks, optimizers):
+            task.start_epoch(epoch, 2, optimizer)
+        for step in range(32):
+            for task, optimizer in zip(tasks, optimizers):
+                task.start_update(step)
+                optimizer.zero_grad()
+                task(images(4, 32, seed=step), labels())['loss'].backward()
+                optimizer.step()
+            compiled.append(len(graphs))
+    assert compiled[0] >= 1 and compiled[-1] == compiled[0]
+    one, two = (t.supernet.state_dict() for t in tasks)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    stock = tasks[1].get_eval_model()
+    assert type(stock) is timm.models.EfficientNet
+    assert tasks[1].get_checkpoint_state()['state_dict'].keys() == stock.state_dict().keys()
+
+
+def test_checkpoint_of_an_earlier_version(tmp_path):
+    """A config field that a checkpoint does not know yet had its default."""
+    task = make_task(config=dict(alpha=0.5))
+    state = task.get_checkpoint_state()
+    del state['task_state']['netaug']['every']
+    make_task(config=dict(alpha=0.5)).load_checkpoint_state(**state)
+    with pytest.raises(ValueError, match='every is 1 there and 2 here'):
+        make_task(config=dict(alpha=0.5, every=2)).load_checkpoint_state(**state)
+
+
+def test_ema_is_sorted_with_the_weights():
+    """After a sort the average of every channel is that of the same channel."""
+    task = make_task(config=dict(stop_width_at=1.0))
+    task.setup_ema(decay=0.9)
+    supernet, ema = task.supernet, unwrapped(task, True)
+    with torch.no_grad():
+        for p in supernet.parameters():
+            p.add_(torch.randn(p.shape, generator=generator()))
+    orders = {}
+    sort = supernet.sort_channels
+    supernet.sort_channels = lambda optimizer=None: orders.update(sort(optimizer)) or orders
+    before = {k: t.clone() for k, t in ema.state_dict().items()}
+    task.start_epoch(1, 4)
+    moved = 0
+    for name, axis in supernet.layout.axes.items():
+        want = before[name]
+        for dim, c in axis.items():
+            if c.name in orders:
+                want = want.index_select(dim, orders[c.name])
+                moved += 1
+        assert torch.equal(ema.state_dict()[name], want), name
+    assert moved > 20

@@ -52,8 +52,16 @@ class AtomicSaver(CheckpointSaver):
         return result
 
     def _save(self, save_path, epoch, metric=None):
-        super()._save(save_path, epoch, metric)
-        _flush(save_path)
+        try:
+            super()._save(save_path, epoch, metric)
+            _flush(save_path)
+        except (OSError, RuntimeError) as e:  # torch.save makes the latter of a full disk
+            if os.path.exists(save_path):
+                os.remove(save_path)
+            last = os.path.join(self.checkpoint_dir, f'last{self.extension}')
+            again = f'go on with --resume {last}' if os.path.exists(last) else 'start again'
+            raise UserError(f'{save_path} can not be written ({first_line(e)}): make room on the disk, and {again}. The'
+                            f' files of the epochs before are whole.') from e
 
     def _replace(self, src, dst):
         if os.path.basename(dst) == f'last{self.extension}':

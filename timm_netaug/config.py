@@ -31,6 +31,10 @@ class NetAugConfig:
         alpha: Weight of the augmented sub-network's loss (equation 3 of the paper).
         stop_width_at: Fraction of the epochs after which widths are no longer augmented, nor channels sorted.
         sort: Bring the most important expansion channels to the front at the start of each epoch up to then.
+        distill: Weight of a loss by which the tiny network learns from the augmented sub-network's logits, too (not in
+            the paper).
+        batch_fraction: The augmented sub-network sees this leading share of a batch (the paper: all of it).
+        every: It is trained in every n-th update step, with n-fold weights of its losses (the paper: in all of them).
 
     Raises:
         ValueError: A field is out of its range.
@@ -41,6 +45,9 @@ class NetAugConfig:
     alpha: float = 1.0
     stop_width_at: float = 0.5
     sort: bool = True
+    distill: float = 0.0
+    batch_fraction: float = 1.0
+    every: int = 1
 
     def __post_init__(self):
         for name in ('width_mults', 'expand_mults'):
@@ -51,10 +58,17 @@ class NetAugConfig:
                 raise ValueError(
                     f'NetAugConfig.{name} must be a non-empty list of numbers of at least 1, got {mults!r}.')
             object.__setattr__(self, name, tuple(float(m) for m in mults))
-        if isinstance(self.divisor, bool) or not isinstance(self.divisor, int) or self.divisor < 1:
-            raise ValueError(f'NetAugConfig.divisor must be a whole number of at least 1, got {self.divisor!r}.')
-        if not _is_number(self.alpha) or self.alpha < 0:
-            raise ValueError(f'NetAugConfig.alpha must be a number of at least 0, got {self.alpha!r}.')
+        for name in ('divisor', 'every'):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f'NetAugConfig.{name} must be a whole number of at least 1, got {value!r}.')
+        for name in ('alpha', 'distill'):
+            value = getattr(self, name)
+            if not _is_number(value) or value < 0:
+                raise ValueError(f'NetAugConfig.{name} must be a number of at least 0, got {value!r}.')
+        if not _is_number(self.batch_fraction) or not 0 < self.batch_fraction <= 1:
+            raise ValueError(
+                f'NetAugConfig.batch_fraction is a share of the batch, above 0 up to 1, got {self.batch_fraction!r}.')
         if not _is_number(self.stop_width_at) or not 0 <= self.stop_width_at <= 1:
             raise ValueError(
                 f'NetAugConfig.stop_width_at is a fraction of the epochs, from 0 to 1, got {self.stop_width_at!r}.')

@@ -3,17 +3,24 @@
 A layer reads as many channels as its input has; only a dense convolution has to be told how many to write
 (`active_out`). So the widths of a whole network are set at its convolutions, and every other layer follows.
 """
-from typing import Dict, Tuple
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Dict, Iterator, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, LayerScale2d, Linear
+from torch.nn.modules._functions import SyncBatchNorm as sync_batch_norm
+from torch.utils.checkpoint import checkpoint
 
 __all__ = [
-    'ELASTIC', 'STOCK', 'ElasticConv2d', 'ElasticDepthwiseConv2d', 'ElasticBatchNormAct2d', 'ElasticLayerScale2d',
-    'ElasticLinear',
+    'ELASTIC', 'STATE', 'STOCK', 'CheckpointedBlocks', 'ElasticConv2d', 'ElasticDepthwiseConv2d',
+    'ElasticBatchNormAct2d', 'ElasticLayerScale2d', 'ElasticLinear',
 ]
+
+# Attributes that elastic layers have and stock ones have not; the first two are those of a forward pass.
+STATE = ('active_out', 'augmented', 'frozen', 'since_sort', 'synchronised', 'tiny_width')
 
 
 class ElasticConv2d(nn.Conv2d):
@@ -54,11 +61,15 @@ class ElasticBatchNormAct2d(BatchNormAct2d):
     Attributes:
         tiny_width: Channels of the tiny slice.
         augmented: Whether the network is within an augmented pass.
+        frozen: Whether running statistics are left as they are, in a pass that has been made before.
         since_sort: Tiny training batches since the last sort, None once that no longer matters.
+        synchronised: Whether a training batch is that of all processes together.
     """
     tiny_width: int
     augmented = False
+    frozen = False
     since_sort = None
+    synchronised = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         channels = x.shape[1]
@@ -66,22 +77,22 @@ class ElasticBatchNormAct2d(BatchNormAct2d):
         momentum = 0.0
         if self.running_mean is not None and not (self.training and self.augmented and channels <= self.tiny_width):
             mean, var = self.running_mean[:channels], self.running_var[:channels]
-            if self.training and self.augmented:
+            if self.training and (self.augmented or self.frozen):
                 mean, var = mean.clone(), var.clone()
                 momentum = 0.1 if self.momentum is None else self.momentum
             elif self.training:
                 momentum = self._count_batch()
-        x = F.batch_norm(
-            x,
-            mean,
-            var,
-            None if self.weight is None else self.weight[:channels],
-            None if self.bias is None else self.bias[:channels],
-            self.training or self.running_mean is None,
-            momentum,
-            self.eps,
-        )
-        if self.training and self.augmented and mean is not None:
+        weight = None if self.weight is None else self.weight[:channels]
+        bias = None if self.bias is None else self.bias[:channels]
+        together = self.synchronised and self.training and torch.distributed.is_initialized()
+        processes = torch.distributed.get_world_size() if together else 1
+        if processes > 1:
+            group = torch.distributed.group.WORLD
+            x = sync_batch_norm.apply(x, weight, bias, mean, var, self.eps, momentum, group, processes)
+        else:
+            x = F.batch_norm(
+                x, mean, var, weight, bias, self.training or self.running_mean is None, momentum, self.eps)
+        if self.training and self.augmented and not self.frozen and mean is not None:
             # Autograd keeps the tiny pass's statistics without using them, and would take a visible write for an
             # error when the two losses are summed before `backward()`; `.data` makes it an invisible one.
             behind = slice(self.tiny_width, channels)
@@ -130,6 +141,39 @@ class ElasticLinear(_ElasticLinear, nn.Linear):
 
 class ElasticTimmLinear(_ElasticLinear, Linear):
     """The same for timm's subclass of `nn.Linear`."""
+
+
+class CheckpointedBlocks(nn.Sequential):
+    """Stages of blocks whose activations are computed again in the backward pass (gradient checkpointing).
+
+    By then the network may have other widths than in the forward pass, so those are brought back for the block. The
+    second time, BatchNorm's running statistics are left alone.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for stage in self:
+            for block in stage:
+                x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_again, block))
+        return x
+
+
+def _again(block: nn.Module) -> Tuple[Any, Any]:
+    """Return the contexts of a block's forward pass and of its repetition, which is as the block is now."""
+    now = [(m, {k: getattr(m, k) for k in STATE[:2] if hasattr(m, k)}) for m in block.modules()]
+    now = [(m, {**state, 'frozen': True} if 'augmented' in state else state) for m, state in now if state]
+
+    @contextmanager
+    def repetition() -> Iterator[None]:
+        before = [(m, {k: getattr(m, k) for k in state}) for m, state in now]
+        try:
+            for m, state in now:
+                vars(m).update(state)
+            yield
+        finally:
+            for m, state in before:
+                vars(m).update(state)
+
+    return nullcontext(), repetition()
 
 
 # The role of a layer in its network (see `layout.Layout`) and its exact stock type -> its elastic type.

@@ -36,3 +36,5 @@ def told_plainly(program: str) -> Iterator[None]:
         yield
     except (UserError, OSError) as e:
         sys.exit(f'{program}: error: {e}')
+    except KeyboardInterrupt:
+        sys.exit(130)

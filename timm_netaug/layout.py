@@ -256,8 +256,6 @@ class _Tracer:
         for name in [n for n, _ in model.named_parameters()] + [n for n, _ in model.named_buffers()]:
             if name not in self.layout.axes and not name.endswith('num_batches_tracked'):
                 self.refuse(name.rpartition('.')[0], f"has a tensor '{name.rpartition('.')[2]}' that is not supported")
-        if getattr(model, 'grad_checkpointing', False):
-            self.refuse('', 'has gradient checkpointing enabled, which is not supported yet: switch it off first')
         return self.layout
 
 

@@ -13,7 +13,7 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 
 from .config import NetAugConfig
-from .elastic import ELASTIC, STOCK, ElasticBatchNormAct2d
+from .elastic import ELASTIC, STATE, STOCK, CheckpointedBlocks, ElasticBatchNormAct2d
 from .layout import Channels, Layout, trace
 
 __all__ = ['SuperNet', 'augment', 'slice_stock']
@@ -222,9 +222,17 @@ class SuperNet:
         raise ValueError("A super-network's classifier can not be replaced: reset the stock model's, then augment it.")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        if enable:
-            raise ValueError('A super-network does not support gradient checkpointing yet: the second forward pass'
-                             ' would run after `sampled` has been left, at other widths.')
+        """Compute the activations of the blocks again in the backward pass, at the widths of the forward pass."""
+        self.blocks.__class__ = CheckpointedBlocks if enable else nn.Sequential
+
+    def synchronise_batchnorm(self) -> None:
+        """Let BatchNorm normalise by the batches of all processes together. Needs CUDA, as PyTorch's own does.
+
+        The layers stay what they are, so `convert_sync_batchnorm` has nothing to undo in the exported model.
+        """
+        for module in self.modules():
+            if isinstance(module, ElasticBatchNormAct2d):
+                module.synchronised = True
 
 
 class EfficientNetSuperNet(SuperNet, EfficientNet):
@@ -319,8 +327,13 @@ def augment(model: nn.Module, config: Optional[NetAugConfig] = None) -> SuperNet
             supernet.get_submodule(name).active_out = c.base
     for name, role in layout.layers.items():
         if role == 'norm':
-            supernet.get_submodule(name).tiny_width = layout.axes[f'{name}.running_mean'][0].base
+            norm = supernet.get_submodule(name)
+            norm.tiny_width = layout.axes[f'{name}.running_mean'][0].base
+            # Of the instance from now on: what is compiled looks at where an attribute is, too.
+            norm.augmented, norm.frozen, norm.since_sort = norm.augmented, norm.frozen, norm.since_sort
     supernet.netaug_config, supernet.layout, supernet.max_widths = config, layout, max_widths
+    supernet.set_grad_checkpointing(model.grad_checkpointing)
+    supernet.grad_checkpointing = False  # timm's own knows nothing of widths
     return supernet
 
 
@@ -343,9 +356,10 @@ def slice_stock(supernet: SuperNet, widths: Optional[Mapping[str, int]] = None) 
         layer = model.get_submodule(name)
         layer.fit()
         layer.__class__ = STOCK[elastic]
-        for attribute in ('active_out', 'tiny_width', 'augmented', 'since_sort'):
+        for attribute in STATE:
             layer.__dict__.pop(attribute, None)
     model.__class__ = _STOCK[type(supernet)]
+    model.blocks.__class__ = nn.Sequential
     if hasattr(model, '_model_args'):
         model._model_args = {k: v for k, v in model._model_args.items() if k != 'netaug'}
     _fit_features(model)

@@ -1,15 +1,18 @@
 """The training task: the loss of the tiny model plus that of one augmented sub-network (equation 3 of the paper)."""
-from typing import Any, Callable, Dict, Optional, Union
+from contextlib import nullcontext
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import numpy as np
 import torch
 import torch.nn as nn
-from timm.task import ClassificationTask
+import torch.nn.functional as F
+from timm.task import ClassificationTask, DistillationTeacher
 from timm.utils import unwrap_model
 
+from .config import NetAugConfig
 from .supernet import SuperNet, slice_stock
 
-__all__ = ['NetAugTask', 'step_generator']
+__all__ = ['NetAugTask', 'distillation_loss', 'step_generator']
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -18,6 +21,18 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     A hash stands between them and the generator because neighbouring seeds alone give related first draws.
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+
+
+def distillation_loss(output: torch.Tensor, teacher_output: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return the Kullback-Leibler divergence from a teacher's softened classes, averaged over images (Hinton et al.,
+    arXiv 1503.02531, section 2; the factor T^2 keeps the gradient's size).
+
+    Args:
+        output: Logits of the student (B, classes).
+        teacher_output: Logits of the teacher (B, classes).
+    """
+    log_p, log_q = ((logits / temperature).log_softmax(-1) for logits in (output, teacher_output))
+    return F.kl_div(log_p, log_q, reduction='batchmean', log_target=True) * temperature ** 2
 
 
 class NetAugTask(ClassificationTask):
@@ -32,6 +47,10 @@ class NetAugTask(ClassificationTask):
         model: A super-network, made by `augment`.
         criterion: Loss function. Created from criterion_kwargs when None.
         criterion_kwargs: Arguments for timm's create_classification_loss() when criterion is None.
+        teacher: Runs once a step, and both sub-networks learn from its logits as in timm's LogitDistillationTask.
+        task_loss_weight: Weight of the criterion, where there is a teacher.
+        distill_loss_weight: Weight of the distillation loss. None for both: 1 and 1; for this one: 1 - the other.
+        temperature: Of both kinds of distillation, the teacher's and `NetAugConfig.distill`.
         seed: The sub-network of a step is a function of it and of the step's number, the same on all ranks.
         device: Device for task tensors/buffers
         dtype: Dtype for task tensors/buffers
@@ -46,23 +65,47 @@ class NetAugTask(ClassificationTask):
             model: SuperNet,
             criterion: Optional[Union[nn.Module, Callable]] = None,
             criterion_kwargs: Optional[Dict[str, Any]] = None,
+            teacher: Optional[DistillationTeacher] = None,
+            task_loss_weight: Optional[float] = None,
+            distill_loss_weight: Optional[float] = None,
+            temperature: float = 4.0,
             seed: int = 42,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
     ):
-        if not isinstance(unwrap_model(model), SuperNet):
+        supernet = unwrap_model(model)
+        if not isinstance(supernet, SuperNet):
             raise ValueError(f'NetAugTask trains a super-network, got {type(model).__name__}: augment() it first.')
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
+        self.teacher = teacher
+        if distill_loss_weight is None:
+            distill_loss_weight = 1.0 if task_loss_weight is None else 1.0 - task_loss_weight
+        self.task_loss_weight = 1.0 if task_loss_weight is None else task_loss_weight
+        self.distill_loss_weight = distill_loss_weight
+        self.temperature = temperature
+        if teacher is not None:
+            teacher.requires_grad_(False)
+            for name in ('mean', 'std'):  # of the input, as timm's tasks with a teacher have them
+                value = torch.tensor(supernet.pretrained_cfg[name], device=self.device, dtype=self.dtype)
+                self.register_buffer(f'student_{name}', value.view(1, -1, 1, 1), persistent=False)
         self.seed = seed
         self.expand_only = False
         self._step = 0
         self._counting = True
+        self._compiled = False
 
     @property
     def supernet(self) -> SuperNet:
         """The super-network without the wrappers around it."""
         return unwrap_model(self.trainable_module)
+
+    def train(self, mode: bool = True) -> 'NetAugTask':
+        """Set the training mode, without the teacher."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
 
     def start_epoch(self, epoch: int, num_epochs: int, optimizer: Optional[torch.optim.Optimizer] = None) -> None:
         """Set the phase of the schedule, and sort the channels where it asks for it (section 3.3 of the paper).
@@ -119,22 +162,63 @@ class NetAugTask(ClassificationTask):
             target: Labels (B,), or whatever the criterion takes.
 
         Returns:
-            'loss' (the sum, to call `backward` on), 'tiny_loss', 'aug_loss', and 'output', the tiny model's logits.
+            'loss' (the sum, to call `backward` on), 'tiny_loss', and 'output', the tiny model's logits; in a step with
+            an augmented sub-network 'aug_loss', and 'distill_loss' where the tiny model learns from it; with a teacher
+            'kd_loss', the part of 'tiny_loss' that it has.
         """
-        result = super().forward(input, target)
-        tiny_loss = result['loss']
-        supernet = self.supernet
-        with supernet.sampled(step_generator(self.seed, self._step), self.expand_only):
-            # Past DistributedDataParallel: its hooks stand at the parameters, where the gradients of both passes arrive
-            # as one sum, and a second forward pass through it could broadcast buffers that the first one still needs.
-            aug_loss = self.criterion(supernet(input), target)
-        if self._counting:
-            self._step += 1
-        loss = tiny_loss + supernet.netaug_config.alpha * aug_loss
-        return {**result, 'loss': loss, 'tiny_loss': tiny_loss.detach(), 'aug_loss': aug_loss.detach()}
+        supernet, config = self.supernet, self.supernet.netaug_config
+        step, self._step = self._step, self._step + self._counting
+        teacher_output = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_output = self.teacher(
+                    self.teacher.normalize_input(input, self.student_mean, self.student_std))
+        # Compiled code would be compiled anew for every weight that a batch after a sort has in BatchNorm's statistics.
+        eager = self._compiled and supernet.batches_since_sort is not None
+        with torch.compiler.set_stance('force_eager') if eager else nullcontext():
+            output = self.trainable_module(input)
+        loss, parts = self._loss(output, target, teacher_output)
+        result = dict(output=output, tiny_loss=loss.detach(), **parts)
+        if step % config.every == 0:
+            images = min(len(input), max(2, round(config.batch_fraction * len(input))))  # BatchNorm may need two
+            with supernet.sampled(step_generator(self.seed, step), self.expand_only):
+                # Past DistributedDataParallel: its hooks stand at the parameters, where the gradients of both passes
+                # arrive as one sum, and a second forward pass through it could broadcast buffers that the first one
+                # still needs.
+                aug_output = supernet(input[:images])
+            aug_loss, _ = self._loss(
+                aug_output, target[:images], None if teacher_output is None else teacher_output[:images])
+            result['aug_loss'] = aug_loss.detach()
+            loss = loss + config.every * config.alpha * aug_loss
+            if config.distill:
+                distill_loss = distillation_loss(output[:images], aug_output.detach(), self.temperature)
+                result['distill_loss'] = distill_loss.detach()
+                loss = loss + config.every * config.distill * distill_loss
+        return dict(loss=loss, **result)
 
-    def compile(self, *args: Any, **kwargs: Any) -> nn.Module:
-        raise ValueError('A super-network can not be compiled yet: sampled widths would recompile without end.')
+    def _loss(self, output, target, teacher_output) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+        """Return the loss of one network's logits, and the teacher's part in it to be logged."""
+        loss = self.criterion(output, target)
+        if teacher_output is None:
+            return loss, {}
+        kd_loss = distillation_loss(output, teacher_output, self.temperature)
+        return self.task_loss_weight * loss + self.distill_loss_weight * kd_loss, dict(kd_loss=kd_loss.detach())
+
+    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **kwargs: Any) -> nn.Module:
+        """Compile what is static: the tiny pass, and the teacher.
+
+        The augmented pass stays eager, as there are more combinations of sampled widths than steps, and each would be
+        compiled for itself. So do the tiny passes of the first batches after a sort, and evaluation, whose model is a
+        new slice every time.
+        """
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **kwargs)
+        if self.teacher is not None:
+            self.teacher.compile(backend=backend, mode=mode, **kwargs)
+        self._compiled = True
+        return self.trainable_module
+
+    def compile_ema(self, *args: Any, **kwargs: Any) -> None:
+        return None
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
         """Return the tiny model as it is now: a copy, which further training does not change."""
@@ -173,9 +257,10 @@ class NetAugTask(ClassificationTask):
             raise ValueError('The checkpoint holds no super-network, as it is not of a training with NetAug.'
                              ' Start from its weights with --initial-checkpoint instead of resuming it.')
         config = supernet.netaug_config.to_dict()
-        changed = [k for k in config if task_state['netaug'].get(k) != config[k]]
+        there = NetAugConfig.from_dict(task_state['netaug']).to_dict()  # an earlier version had fewer fields
+        changed = [k for k in config if there[k] != config[k]]
         if changed:
             raise ValueError('The checkpoint is of a NetAug training with another config: ' + ', '.join(
-                f'{k} is {task_state["netaug"].get(k)} there and {config[k]} here' for k in changed) + '.')
+                f'{k} is {there[k]} there and {config[k]} here' for k in changed) + '.')
         supernet.load_state_dict(task_state['supernet'], strict=strict)
         supernet.batches_since_sort = task_state['batches_since_sort']

@@ -1,5 +1,6 @@
 """Command lines of `train.py` and `validate.py`: timm's flags with timm's defaults, a NetAug group, and strict YAML."""
 import argparse
+import dataclasses
 import difflib
 import importlib.util
 import os
@@ -96,6 +97,12 @@ def train_parser() -> argparse.ArgumentParser:
     _flag(group, '--netaug-stop-width-at', type=float, metavar='R',
           help='share of the epochs with augmented widths and sorting; 0 for short runs (default: 0.5)')
     _switch(group, '--netaug-no-sort', help='never sort channels')
+    _flag(group, '--netaug-distill', type=float, metavar='W',
+          help="weight of the tiny network's loss against the augmented network's logits (default: 0)")
+    _flag(group, '--netaug-batch-fraction', type=float, metavar='R',
+          help='share of a batch that the augmented network sees (default: 1)')
+    _flag(group, '--netaug-every', type=int, metavar='N',
+          help='train the augmented network in every N-th update, with N-fold weight (default: 1)')
 
     group = _add_dataset(parser)
     _flag(group, '--train-split', default='train', metavar='NAME', help='split to train on')
@@ -423,7 +430,7 @@ def netaug_config(args: argparse.Namespace) -> Optional[NetAugConfig]:
     Raises:
         UserError: A value is out of its range, or a NetAug flag stands without `--netaug`.
     """
-    names = ('width_mults', 'expand_mults', 'divisor', 'alpha', 'stop_width_at')
+    names = [f.name for f in dataclasses.fields(NetAugConfig) if f.name != 'sort']
     fields = {k: getattr(args, f'netaug_{k}') for k in names if getattr(args, f'netaug_{k}') is not None}
     if args.netaug_no_sort:
         fields['sort'] = False
@@ -443,16 +450,33 @@ FREE_FLAGS = (
     'config', 'data', 'data_dir', 'output', 'experiment', 'resume', 'no_resume_opt', 'log_interval',
     'recovery_interval', 'save_images', 'device', 'pin_mem', 'checkpoint_hist', 'local_rank', 'log_wandb',
     'wandb_project', 'wandb_tags', 'wandb_resume_id', 'dataset_download', 'synchronize_step')
-# Not carried out yet -> refused when used, never ignored.
-_REFUSED = ('naflex_loader', 'kd_model_name', 'distill_loss_weight', 'task_loss_weight', 'kd_student_feature_dim',
-            'kd_teacher_feature_dim', 'train_img_sizes', 'train_batch_sizes', 'train_size_probs', 'fuser',
-            'torchscript', 'train_batches_per_epoch', 'naflex_patch_sizes', 'naflex_patch_size_probs',
-            'naflex_patchify_channels_first')
-_REFUSED_IF_CHANGED = ('kd_distill_type', 'kd_loss_type', 'kd_temperature', 'kd_token_distill_type',
-                       'train_size_schedule', 'train_size_schedule_spread', 'train_size_random_mix', 'sync_bn',
-                       'variable_batch_loss_scale', 'tta', 'naflex_train_seq_lens', 'naflex_max_seq_len',
-                       'naflex_loss_scale')
-_REFUSED_WITH_NETAUG = ('torchcompile', 'torchcompile_mode', 'split_bn', 'grad_checkpointing', 'drop_block')
+# Flags of timm's that are refused when used, never ignored: why.
+_NAFLEX = "NaFlex models are transformers over sequences of patches: train them with timm's own script"
+_REFUSED = {
+    'naflex_loader': _NAFLEX, 'naflex_train_seq_lens': _NAFLEX, 'naflex_max_seq_len': _NAFLEX,
+    'naflex_patch_sizes': _NAFLEX, 'naflex_patch_size_probs': _NAFLEX, 'naflex_loss_scale': _NAFLEX,
+    'naflex_patchify_channels_first': _NAFLEX,
+    'tta': "timm's loaders make no augmented copies of the images in validation",
+}
+_REFUSED_WITH_NETAUG = {
+    'split_bn': 'its BatchNorms are not elastic; --aug-splits goes without it',
+    'torchscript': 'sampled widths are not static; there is --torchcompile',
+    'fuser': 'it is for TorchScript alone',
+}
+# Flag -> the one without which it does nothing.
+_NEEDS = {
+    'model_ema_force_cpu': 'model_ema', 'model_ema_warmup': 'model_ema', 'model_ema_decay': 'model_ema',
+    'bce_sum': 'bce_loss', 'bce_target_thresh': 'bce_loss', 'bce_pos_weight': 'bce_loss',
+    'torchcompile_mode': 'torchcompile', 'no_resume_opt': 'resume', 'amp_dtype': 'amp',
+    'wandb_tags': 'log_wandb', 'wandb_project': 'log_wandb', 'wandb_resume_id': 'log_wandb',
+    'distill_loss_weight': 'kd_model_name', 'task_loss_weight': 'kd_model_name', 'kd_distill_type': 'kd_model_name',
+    'kd_loss_type': 'kd_model_name', 'kd_student_feature_dim': 'kd_model_name',
+    'kd_teacher_feature_dim': 'kd_model_name', 'kd_token_distill_type': 'kd_model_name',
+    'train_batch_sizes': 'train_img_sizes', 'train_size_probs': 'train_img_sizes',
+    'train_size_schedule': 'train_img_sizes', 'train_batches_per_epoch': 'train_img_sizes',
+    'train_size_schedule_spread': 'train_img_sizes', 'train_size_random_mix': 'train_img_sizes',
+    'variable_batch_loss_scale': 'train_batch_sizes', 'fuser': 'torchscript',
+}
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _CHOICES = {  # timm's parser takes any string here, and falls over it later
     'amp_dtype': ('float16', 'bfloat16'),
@@ -463,6 +487,8 @@ _CHOICES = {  # timm's parser takes any string here, and falls over it later
     'worker_seeding': ('all', 'part'),
     'eval_metric': ('top1', 'top5', 'loss'),
     'remode': ('pixel', 'const', 'rand'),
+    'kd_loss_type': ('kl',),
+    'fuser': ('', 'te', 'old', 'legacy'),
     'train_crop_mode': (None, 'rrc', 'rkrc', 'rkrr'),
     'mixup_mode': ('batch', 'pair', 'elem', 'half'),
     'interpolation': ('', *_INTERPOLATIONS),
@@ -493,30 +519,66 @@ def _check_values(
             raise UserError(f'{flags[dest]} must be at least {minimum}, got {value}.')
 
 
+def _check_distillation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    kind = args.kd_distill_type
+    if args.netaug and args.kd_model_name and kind != 'logit':
+        raise UserError(f'--kd-distill-type {kind} does not go together with --netaug: both of its sub-networks learn'
+                        f' from logits, their features have different widths. Use logit.')
+    if args.kd_temperature != parser.get_default('kd_temperature') and not (args.kd_model_name or args.netaug_distill):
+        raise UserError('--kd-temperature does nothing without --kd-model-name or --netaug-distill.')
+    if args.kd_temperature <= 0:
+        raise UserError(f'--kd-temperature must be above 0, got {args.kd_temperature:g}.')
+    for dest in ('distill_loss_weight', 'task_loss_weight'):
+        value = getattr(args, dest)
+        if value is not None and value < 0:
+            raise UserError(f'--{dest.replace("_", "-")} must be at least 0, got {value:g}.')
+    if args.task_loss_weight is not None and args.task_loss_weight > 1 and args.distill_loss_weight is None:
+        raise UserError('--task-loss-weight above 1 needs --distill-loss-weight, which is 1 less it otherwise.')
+    for dest, wanted in (('kd_student_feature_dim', 'feature'), ('kd_teacher_feature_dim', 'feature'),
+                         ('kd_token_distill_type', 'token')):
+        if getattr(args, dest) != parser.get_default(dest) and kind != wanted:
+            raise UserError(f'--{dest.replace("_", "-")} does nothing without --kd-distill-type {wanted}.')
+    if args.kd_model_name and args.aug_splits:
+        raise UserError('--aug-splits and --kd-model-name do not go together: leave one of the two out.')
+
+
+def _check_train_sizes(args: argparse.Namespace) -> None:
+    sizes = args.train_img_sizes or []
+    for dest in ('train_batch_sizes', 'train_size_probs'):
+        values = getattr(args, dest)
+        if values and len(values) != len(sizes):
+            raise UserError(f'--{dest.replace("_", "-")} needs a value for each of the {len(sizes)} --train-img-sizes,'
+                            f' got {len(values)}.')
+    if min([*sizes, *(args.train_batch_sizes or [])], default=1) < 1:
+        raise UserError('--train-img-sizes and --train-batch-sizes must be at least 1.')
+
+
 def check_train_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse, before anything is touched, what `train.py` would otherwise ignore or fall over.
 
     Raises:
         UserError: One sentence with the flag's name.
     """
-    for flag in _given(parser, args, _REFUSED + _REFUSED_IF_CHANGED).values():
-        raise UserError(f'{flag} is not carried out yet: leave it out.')
+    for dest, flag in _given(parser, args, _REFUSED).items():
+        raise UserError(f'{flag} is not carried out: {_REFUSED[dest]}.')
     if args.netaug:
-        for flag in _given(parser, args, _REFUSED_WITH_NETAUG).values():
-            raise UserError(f'{flag} is not carried out together with --netaug yet: leave one of the two out.')
+        for dest, flag in _given(parser, args, _REFUSED_WITH_NETAUG).items():
+            raise UserError(f'{flag} does not go together with --netaug: {_REFUSED_WITH_NETAUG[dest]}.')
     _check_values(parser, args, _CHOICES, dict(
         batch_size=1, validation_batch_size=1, epochs=1, grad_accum_steps=1, log_interval=1, val_interval=1,
         checkpoint_hist=1, num_classes=1, img_size=1, seed=0, start_epoch=0, workers=0, recovery_interval=0,
-        warmup_epochs=0, clip_grad=0))
-    for name, needs in (('model_ema_force_cpu', 'model_ema'), ('model_ema_warmup', 'model_ema'),
-                        ('bce_sum', 'bce_loss'), ('bce_target_thresh', 'bce_loss'), ('bce_pos_weight', 'bce_loss'),
-                        ('torchcompile_mode', 'torchcompile'), ('no_resume_opt', 'resume'),
-                        ('model_ema_decay', 'model_ema'), ('amp_dtype', 'amp'), ('wandb_tags', 'log_wandb'),
-                        ('wandb_project', 'log_wandb'), ('wandb_resume_id', 'log_wandb')):
-        if getattr(args, name) != parser.get_default(name) and not getattr(args, needs):
-            raise UserError(f'--{name.replace("_", "-")} does nothing without --{needs.replace("_", "-")}.')
+        warmup_epochs=0, clip_grad=0, train_batches_per_epoch=1))
+    for dest, flag in _given(parser, args, _NEEDS).items():
+        if not getattr(args, _NEEDS[dest]):
+            raise UserError(f'{flag} does nothing without --{_NEEDS[dest].replace("_", "-")}.')
+    _check_distillation(parser, args)
+    _check_train_sizes(args)
     if args.amp and args.model_dtype not in (None, 'float32'):
         raise UserError('--amp needs float32 weights: leave --model-dtype out.')
+    if args.drop_path is not None and args.drop_connect is not None:
+        raise UserError('--drop-connect is the old name of --drop-path: leave it out.')
+    if args.torchscript and args.torchcompile:
+        raise UserError('--torchscript and --torchcompile do not go together: leave one of the two out.')
     if args.jsd_loss and args.aug_splits < 2:
         raise UserError('--jsd-loss needs --aug-splits of at least 2.')
     if args.jsd_loss and args.bce_loss:
@@ -524,11 +586,15 @@ def check_train_args(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     for dest in ('scale', 'ratio', 'cutmix_minmax'):
         if getattr(args, dest) is not None and len(getattr(args, dest)) != 2:
             raise UserError(f'--{dest.replace("_", "-")} takes two numbers.')
-    if args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
+    if mixed and any(size % 2 for size in args.train_batch_sizes or [args.batch_size]):
         raise UserError('--mixup and --cutmix need an even --batch-size.')
+    if args.aug_splits and args.netaug_batch_fraction not in (None, 1):
+        raise UserError('--netaug-batch-fraction does not go together with --aug-splits, whose batches are made of'
+                        ' parts: leave one of the two out.')
     if args.aug_splits == 1:
         raise UserError('--aug-splits must be at least 2.')
-    if args.aug_splits and not args.no_prefetcher and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+    if args.aug_splits and not args.no_prefetcher and mixed:
         raise UserError('--aug-splits with --mixup or --cutmix needs --no-prefetcher.')
     if args.split_bn and args.aug_splits < 2 and not args.resplit:
         raise UserError('--split-bn needs --aug-splits or --resplit.')

@@ -1,15 +1,101 @@
 """Opening timm's data sets, with checks that `train.py` and `validate.py` share."""
+import atexit
+import logging
 import os
-from typing import Any, List, Optional
+import tempfile
+from typing import Any, Iterator, List, Optional
 
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
+from timm.data.readers import get_img_extensions
 
 from ..errors import UserError
 
-__all__ = ['class_names', 'open_dataset', 'check_split']
+__all__ = ['class_names', 'open_dataset', 'check_split', 'watched']
 
+_logger = logging.getLogger(__name__)
+logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)  # it would tell of the same image in every epoch
 _PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 _SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
+
+
+class WatchedImages(ImageDataset):
+    """Image files, where the next one stands in for one that can not be read.
+
+    Which these are is noted in a file, since the loader's processes find them.
+    """
+    _max_retries = 1  # of timm's, which keeps no count
+
+    @classmethod
+    def watch(cls, dataset: ImageDataset) -> None:
+        """Make a data set of timm's one of these."""
+        dataset.__class__ = cls
+        vars(dataset).pop('_max_retries', None)
+        handle, dataset.notes = tempfile.mkstemp(prefix='unreadable-', suffix='.txt')
+        os.close(handle)
+        atexit.register(_remove, dataset.notes)
+        dataset.unreadable, dataset.read_notes = set(), 0
+
+    @property
+    def limit(self) -> int:
+        """Number of unreadable images from which on the data set is taken to be broken."""
+        return max(10, len(self) // 100)
+
+    def __getitem__(self, index: int) -> Any:
+        for _ in range(self.limit + 1):
+            try:
+                return super().__getitem__(index)
+            except RuntimeError as e:
+                if not str(e).startswith('Failed to load'):
+                    raise
+            with open(self.notes, 'a', encoding='utf-8') as f:
+                f.write(f'{self.filename(index, absolute=True)}\n')
+            index = (index + 1) % len(self)
+        raise RuntimeError(f'{self.limit + 1} images in a row can not be read.')
+
+    def check(self) -> None:
+        """Warn of unreadable images that were found since the last call.
+
+        Raises:
+            UserError: There are more than a hundredth of all, and more than ten.
+        """
+        if os.path.getsize(self.notes) == self.read_notes:
+            return
+        with open(self.notes, encoding='utf-8') as f:
+            f.seek(self.read_notes)
+            new = set(f.read().splitlines()) - self.unreadable
+            self.read_notes = f.tell()
+        self.unreadable |= new
+        files = ', '.join(sorted(new)[:5]) + (' ...' if len(new) > 5 else '')
+        if len(self.unreadable) > self.limit:
+            raise UserError(f'{len(self.unreadable)} of {len(self)} images can not be read ({files}): mend or remove'
+                            f' them.')
+        if new:
+            _logger.warning(f'{len(self.unreadable)} of {len(self)} images can not be read so far, and the next one'
+                            f' stands in for each. New among them: {files}')
+
+
+def _remove(path: str) -> None:
+    if os.path.exists(path):
+        os.remove(path)
+
+
+def watched(loader: Any) -> Iterator[Any]:
+    """Yield the batches of a loader, and tell of images that can not be read.
+
+    Raises:
+        UserError: There are too many of them.
+    """
+    dataset = loader.dataset
+    while not hasattr(dataset, 'check') and hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    check = getattr(dataset, 'check', lambda: None)
+    try:
+        for batch in loader:
+            check()
+            yield batch
+    except RuntimeError:  # of a loader's process, which has noted what it was about
+        check()
+        raise
 
 
 def class_names(dataset: Any) -> Optional[List[str]]:
@@ -33,7 +119,7 @@ def open_dataset(args: Any, split: str, channels: int, **kwargs: Any) -> Any:
     if args.data_dir and not args.dataset and not os.path.isdir(args.data_dir):
         raise UserError(f'--data-dir: there is no folder {args.data_dir}.')
     try:
-        return create_dataset(
+        dataset = create_dataset(
             args.dataset,
             root=args.data_dir,
             split=split,
@@ -46,6 +132,9 @@ def open_dataset(args: Any, split: str, channels: int, **kwargs: Any) -> Any:
         )
     except (RuntimeError, FileNotFoundError, AssertionError) as e:
         raise UserError(f'The data set can not be opened: {e}') from e
+    if type(dataset) is ImageDataset:
+        WatchedImages.watch(dataset)
+    return dataset
 
 
 def check_split(dataset: Any, data_dir: str, split: str, required: bool = True) -> None:
@@ -55,13 +144,27 @@ def check_split(dataset: Any, data_dir: str, split: str, required: bool = True) 
         required: Refuse a root that is itself a folder of classes, too.
 
     Raises:
-        UserError: There is no such folder.
+        UserError: There is no such folder, or one for a class without images in it.
     """
     root = getattr(getattr(dataset, 'reader', None), 'root', None)
-    if root is None or os.path.abspath(root) != os.path.abspath(data_dir):
+    if root is None:
+        return
+    if os.path.abspath(root) != os.path.abspath(data_dir):
+        _check_class_folders(dataset, root)
         return
     has_splits = any(os.path.isdir(os.path.join(data_dir, name)) for name in _SPLITS)
     if required or has_splits:
         flags = '--train-split and --val-split' if required else '--split'
         raise UserError(f'There is no folder {os.path.join(data_dir, split)}: --data-dir is the folder around the'
                         f' splits, which have their names from {flags}.')
+
+
+def _check_class_folders(dataset: Any, root: str) -> None:
+    """Refuse a folder without images, which would be no class and shift the labels of those behind it."""
+    known = set(class_names(dataset) or ())
+    endings = tuple(get_img_extensions())
+    for folder in sorted(os.scandir(root), key=lambda entry: entry.name) if os.path.isdir(root) else ():
+        if folder.is_dir() and not folder.name.startswith('.') and folder.name not in known and not any(
+                file.lower().endswith(endings) for _, _, files in os.walk(folder.path) for file in files):
+            raise UserError(f'{folder.path} holds no images, so that class would be missing: fill the folder, or remove'
+                            f' it.')

@@ -1,14 +1,17 @@
 """The device and the precision that `train.py` and `validate.py` compute with."""
 import logging
+import os
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import torch
+from timm.utils import init_distributed_device
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from ..errors import UserError
 
-__all__ = ['choose_device', 'mixed_precision']
+__all__ = ['choose_device', 'join_processes', 'mixed_precision', 'restarts']
 
 
 def choose_device(args: Any, logger: logging.Logger) -> None:
@@ -25,6 +28,27 @@ def choose_device(args: Any, logger: logging.Logger) -> None:
     if args.device.startswith('cuda'):
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+
+
+def restarts() -> int:
+    """Return how often torchrun has started the processes anew."""
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+
+
+def _meet_again(url: str, **kwargs: Any) -> Iterator[Any]:
+    """Meet as ever, with names of this attempt: torchrun's store has the addresses of processes that are gone."""
+    store, *numbers = next(rendezvous('env://', **kwargs))
+    yield (torch.distributed.PrefixStore(f'attempt-{restarts()}', store), *numbers)
+
+
+register_rendezvous_handler('again', _meet_again)
+
+
+def join_processes(args: Any) -> torch.device:
+    """Join the other processes, where there are any, and return this one's device."""
+    if restarts():
+        args.dist_url = 'again://'
+    return init_distributed_device(args)
 
 
 def mixed_precision(args: Any, device: torch.device) -> Callable:

@@ -8,6 +8,8 @@ import torch.nn as nn
 from timm.task import ClassificationEvaluator
 from tqdm import tqdm
 
+from .data import watched
+
 __all__ = ['evaluate', 'progress_bar']
 
 _logger = logging.getLogger(__name__)
@@ -15,7 +17,9 @@ _logger = logging.getLogger(__name__)
 
 def progress_bar(loader, description: str, enabled: bool = True) -> tqdm:
     """Wrap a loader in a bar that shows in a terminal only; elsewhere `disable` is set, and the caller logs lines."""
-    return tqdm(loader, desc=description, disable=None if enabled else True, leave=False, dynamic_ncols=True)
+    disable = None if enabled else True
+    return tqdm(
+        watched(loader), total=len(loader), desc=description, disable=disable, leave=False, dynamic_ncols=True)
 
 
 def _to_device(
@@ -42,12 +46,14 @@ def evaluate(
         log_interval: int = 50,
         distributed: bool = False,
         primary: bool = True,
+        after_batch: Callable = lambda: None,
 ) -> Dict[str, float]:
     """Evaluate a model over a whole loader.
 
     Args:
         dtype: Type that images are converted to.
         primary: Whether this process reports progress.
+        after_batch: Is called after every batch, and may raise.
 
     Returns:
         The evaluator's metrics: 'loss', 'top1' and 'top5' (percent).
@@ -70,4 +76,5 @@ def evaluate(
                 _logger.info(f'{description} [{i + 1}/{last + 1}]  so far: {line}')
             else:
                 bar.set_postfix_str(line)
+        after_batch()
     return evaluator.compute(distributed=distributed)

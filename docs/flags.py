@@ -1,0 +1,321 @@
+#!/usr/bin/env python3
+"""Write `docs/flags.md`: what every training flag does without and with `--netaug`, as runs on a few digits tell it.
+
+    python docs/flags.py
+
+Each cell is a run of `train.py` of two short epochs. It 'works' if it ends as it should and, where the flag is one that
+has to change the weights, they differ from those of the same run without it.
+"""
+import contextlib
+import hashlib
+import io
+import multiprocessing
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Tuple
+
+import timm
+import torch
+
+from timm_netaug.checkpoint import describe_run
+from timm_netaug.export import export_folder
+from timm_netaug.scripts import train
+
+ROOT = Path(__file__).parents[1]
+PAGE = Path(__file__).with_suffix('.md')
+BASE = ('--model test_efficientnet --num-classes 10 -b 20 -j 0 --epochs 2 --warmup-epochs 0'
+        ' --experiment run --device cpu')
+NETAUG = '--netaug'
+CRASHED, IGNORED, SPOILED = 'CRASHED', 'IGNORED', 'CHANGES THE WEIGHTS'
+CHANGES, SAME, ROUNDS = 'changes', 'same', 'rounds'  # the weights; the last one in their last bits, or not at all
+
+# Flags that are there already, the flag that the row is about, and what it does to the weights. DIR is replaced.
+ROWS: List[Tuple[str, str, str]] = [
+    ('', '--netaug-width-mults 1 2', CHANGES),
+    ('', '--netaug-expand-mults 1 2', CHANGES),
+    ('', '--netaug-divisor 8', CHANGES),
+    ('', '--netaug-alpha 0.5', CHANGES),
+    ('', '--netaug-stop-width-at 0', CHANGES),
+    ('', '--netaug-no-sort', CHANGES),
+    ('', '--netaug-distill 1', CHANGES),
+    ('', '--netaug-batch-fraction 0.5', CHANGES),
+    ('', '--netaug-every 2', CHANGES),
+    ('', '--kd-model-name local-dir:DIR/teacher', CHANGES),
+    ('--kd-model-name local-dir:DIR/teacher', '--kd-temperature 1', CHANGES),
+    ('--kd-model-name local-dir:DIR/teacher', '--kd-loss-type kl', SAME),
+    ('--kd-model-name local-dir:DIR/teacher', '--task-loss-weight 0.2', CHANGES),
+    ('--kd-model-name local-dir:DIR/teacher', '--distill-loss-weight 2', CHANGES),
+    ('--kd-model-name local-dir:DIR/teacher', '--kd-distill-type feature', CHANGES),
+    ('--kd-model-name local-dir:DIR/teacher --kd-distill-type feature',
+     '--kd-student-feature-dim 256 --kd-teacher-feature-dim 96', SAME),
+    ('--kd-model-name local-dir:DIR/teacher --model deit_tiny_distilled_patch16_224 --model-kwargs depth=2',
+     '--kd-distill-type token', CHANGES),
+    ('--kd-model-name local-dir:DIR/teacher --model deit_tiny_distilled_patch16_224 --model-kwargs depth=2'
+     ' --kd-distill-type token', '--kd-token-distill-type hard', CHANGES),
+    ('', '--model-ema', CHANGES),
+    ('--model-ema', '--model-ema-decay 0.5', CHANGES),
+    ('--model-ema', '--model-ema-warmup', CHANGES),
+    ('--model-ema', '--model-ema-force-cpu', CHANGES),
+    ('', '--amp', CHANGES),
+    ('--amp', '--amp-dtype bfloat16', CHANGES),
+    ('', '--model-dtype bfloat16', CHANGES),
+    ('', '--channels-last', ROUNDS),
+    ('', '--fast-norm', ROUNDS),
+    ('', '--grad-accum-steps 2', CHANGES),
+    ('', '--grad-checkpointing', ROUNDS),
+    ('', '--torchcompile eager', ROUNDS),
+    ('--torchcompile inductor', '--torchcompile-mode default', ROUNDS),
+    ('', '--torchscript', ROUNDS),
+    ('--torchscript', '--fuser te', ROUNDS),
+    ('', '--sync-bn', CHANGES),
+    ('', '--dist-bn broadcast', SAME),
+    ('', '--bn-momentum 0.9', CHANGES),
+    ('', '--bn-eps 0.1', CHANGES),
+    ('', '--clip-grad 0.1', CHANGES),
+    ('--clip-grad 0.1', '--clip-mode value', CHANGES),
+    ('--clip-grad 0.1', '--clip-mode agc', CHANGES),
+    ('', '--drop 0.3', CHANGES),
+    ('--model netaug_mbv2_tiny', '--drop-path 0.3', CHANGES),
+    ('--model netaug_mbv2_tiny', '--drop-connect 0.3', CHANGES),
+    ('', '--drop-block 0.3', CHANGES),
+    ('', '--smoothing 0', CHANGES),
+    ('', '--mixup 0.5', CHANGES),
+    ('', '--cutmix 0.5', CHANGES),
+    ('', '--cutmix-minmax 0.2 0.8', CHANGES),
+    ('--mixup 0.5', '--mixup-prob 0.1', CHANGES),
+    ('--mixup 0.5 --cutmix 0.5', '--mixup-switch-prob 0', CHANGES),
+    ('--mixup 0.5', '--mixup-mode elem', CHANGES),
+    ('--mixup 0.5', '--mixup-off-epoch 1', CHANGES),
+    ('', '--bce-loss', CHANGES),
+    ('--bce-loss', '--bce-sum', CHANGES),
+    ('--bce-loss', '--bce-target-thresh 0.05', CHANGES),
+    ('--bce-loss', '--bce-pos-weight 2', CHANGES),
+    ('', '--aug-splits 2', CHANGES),
+    ('--aug-splits 2', '--jsd-loss', CHANGES),
+    ('--aug-splits 2', '--split-bn', CHANGES),
+    ('', '--aug-repeats 2', CHANGES),
+    ('', '--train-img-sizes 24 32', CHANGES),
+    ('--train-img-sizes 24 32', '--train-batch-sizes 20 10', CHANGES),
+    ('--train-img-sizes 24 32', '--train-size-probs 0.9 0.1', CHANGES),
+    ('--train-img-sizes 24 32', '--train-size-schedule progressive', CHANGES),
+    ('--train-img-sizes 16 24 32 --train-size-schedule progressive', '--train-size-schedule-spread 5', CHANGES),
+    ('--train-img-sizes 16 24 32 --train-size-schedule progressive', '--train-size-random-mix 0.9', CHANGES),
+    ('--train-img-sizes 24 32', '--train-batches-per-epoch 3', CHANGES),
+    ('--train-img-sizes 24 32 --train-batch-sizes 20 10', '--variable-batch-loss-scale linear', CHANGES),
+    ('', '--pretrained-path DIR/start/model.safetensors', CHANGES),
+    ('', '--initial-checkpoint DIR/start/model.safetensors', CHANGES),
+    ('--model netaug_mbv2_tiny', '--pretrained', CHANGES),
+    ('', '--head-init-scale 0.5', CHANGES),
+    ('', '--head-init-bias -2', CHANGES),
+    ('', '--opt adamw', CHANGES),
+    ('--opt adamw', '--opt-eps 0.1', CHANGES),
+    ('--opt adamw', '--opt-betas 0.5 0.5', CHANGES),
+    ('', '--opt-kwargs nesterov=False', CHANGES),
+    ('', '--momentum 0.5', CHANGES),
+    ('', '--weight-decay 0.1', CHANGES),
+    ('', '--layer-decay 0.5', CHANGES),
+    ('--layer-decay 0.5', '--layer-decay-min-scale 0.5', CHANGES),
+    ('--layer-decay 0.5', '--layer-decay-no-opt-scale 0.3', CHANGES),
+    ('', '--lr 0.01', CHANGES),
+    ('', '--lr-base 0.2', CHANGES),
+    ('', '--lr-base-size 128', CHANGES),
+    ('', '--lr-base-scale sqrt', CHANGES),
+    ('', '--sched step', CHANGES),
+    ('', '--sched-on-updates', CHANGES),
+    ('', '--lr-noise 0', CHANGES),
+    ('--lr-noise 0', '--lr-noise-pct 0.1', CHANGES),
+    ('--lr-noise 0', '--lr-noise-std 0.1', CHANGES),
+    ('', '--lr-cycle-limit 2', CHANGES),
+    ('--lr-cycle-limit 2', '--lr-cycle-mul 2', CHANGES),
+    ('--lr-cycle-limit 2', '--lr-cycle-decay 0.1', CHANGES),
+    ('', '--lr-k-decay 2', CHANGES),
+    ('', '--warmup-epochs 1', CHANGES),
+    ('--warmup-epochs 1', '--warmup-lr 0.001', CHANGES),
+    ('--warmup-epochs 1', '--warmup-prefix', CHANGES),
+    ('', '--min-lr 0.005', CHANGES),
+    ('', '--epochs 1', CHANGES),
+    ('', '--epoch-repeats 2', CHANGES),
+    ('', '--start-epoch 1', CHANGES),
+    ('--sched step', '--decay-epochs 1', CHANGES),
+    ('--sched step --decay-epochs 1', '--decay-rate 0.5', CHANGES),
+    ('--sched multistep', '--decay-milestones 1', CHANGES),
+    ('', '--cooldown-epochs 1', CHANGES),
+    ('--sched plateau --epochs 6 --lr 0.5', '--patience-epochs 0', CHANGES),
+    ('', '--no-aug', CHANGES),
+    ('', '--train-crop-mode rkrc', CHANGES),
+    ('', '--scale 0.5 1', CHANGES),
+    ('', '--ratio 1 1', CHANGES),
+    ('', '--hflip 0', CHANGES),
+    ('', '--vflip 0.5', CHANGES),
+    ('', '--color-jitter 0', CHANGES),
+    ('', '--color-jitter-prob 0.5', CHANGES),
+    ('', '--grayscale-prob 0.5', CHANGES),
+    ('', '--gaussian-blur-prob 0.5', CHANGES),
+    ('', '--aa rand-m9', CHANGES),
+    ('', '--reprob 0.5', CHANGES),
+    ('--reprob 0.9', '--remode const', CHANGES),
+    ('--reprob 0.9', '--recount 3', CHANGES),
+    ('--reprob 0.9', '--resplit', CHANGES),
+    ('', '--train-interpolation bilinear', CHANGES),
+    ('--img-size 96', '--gp max', CHANGES),
+    ('', '--img-size 48', CHANGES),
+    ('', '--in-chans 1', CHANGES),
+    ('', '--input-size 3 48 48', CHANGES),
+    ('', '--mean 0.5 0.5 0.5', CHANGES),
+    ('', '--std 0.5 0.5 0.5', CHANGES),
+    ('', '--crop-pct 0.5', SAME),
+    ('', '--interpolation bicubic', SAME),
+    ('', '--model-kwargs act_layer=relu', CHANGES),
+    ('', '--seed 1', CHANGES),
+    ('', '-j 1', CHANGES),
+    ('-j 1 --aa rand-m9', '--worker-seeding part', CHANGES),
+    ('-j 1', '--use-multi-epochs-loader', CHANGES),
+    ('', '--no-prefetcher', ROUNDS),
+    ('', '--pin-mem', SAME),
+    ('', '--no-ddp-bb', SAME),
+    ('', '--synchronize-step', SAME),
+    ('', '-vb 5', SAME),
+    ('', '--val-interval 2', SAME),
+    ('', '--eval-metric loss', SAME),
+    ('', '--log-interval 1', SAME),
+    ('', '--recovery-interval 1', SAME),
+    ('', '--checkpoint-hist 1', SAME),
+    ('', '--save-images', SAME),
+    ('', '--tta 2', SAME),
+    ('', '--naflex-loader', CHANGES),
+]
+# Flags that say where, on what, or from where; and those that are refused as their group is.
+ELSEWHERE = {
+    'config', 'data', 'data_dir', 'dataset', 'dataset_download', 'class_map', 'input_img_mode', 'input_key',
+    'target_key', 'dataset_trust_remote_code', 'train_split', 'val_split', 'train_num_samples', 'val_num_samples',
+    'model', 'num_classes', 'batch_size', 'resume', 'no_resume_opt', 'device', 'local_rank', 'device_modules', 'output',
+    'experiment', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id',
+    'naflex_train_seq_lens', 'naflex_max_seq_len',
+    'naflex_patch_sizes', 'naflex_patch_size_probs', 'naflex_loss_scale', 'naflex_patchify_channels_first', 'netaug',
+}
+
+
+class Outcome(NamedTuple):
+    """How a run ended: with these weights, or with this sentence."""
+    weights: str = ''
+    refusal: str = ''
+
+
+def set_up(root: Path) -> None:
+    """Write four digits of each class to train on, two to validate, a teacher, and weights to start from."""
+    sys.path.insert(0, str(ROOT))
+    import demo
+    demo.write_digits(root / 'all')
+    for split, count in (('train', 4), ('validation', 2)):
+        for folder in sorted((root / 'all' / split).iterdir()):
+            (root / 'digits' / split / folder.name).mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:count]:
+                shutil.move(file, root / 'digits' / split / folder.name)
+    for name, folder in (('test_resnet', 'teacher'), ('test_efficientnet', 'start')):
+        torch.manual_seed(1)
+        model = timm.create_model(name, num_classes=10).eval()
+        config = timm.data.resolve_model_data_config(model)
+        export_folder(model, root / folder, describe_run(model, config, [str(i) for i in range(10)]))
+
+
+def _train(argv: List[str], results) -> None:
+    sys.argv = ['train.py', *argv]
+    refusal = ''
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            train.main()
+        except SystemExit as e:
+            refusal = (str(e.code) if isinstance(e.code, str) else said.getvalue()).partition('error: ')[2]
+    results.send(refusal)
+
+
+def run(flags: str, root: Path) -> Outcome:
+    """Run `train.py` in a process of its own, which begins with all that takes long to import."""
+    context = multiprocessing.get_context('forkserver')  # a fork of this process may have threads of autograd in it
+    context.set_forkserver_preload(['timm_netaug.scripts.train'])
+    receiving, sending = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory() as output:
+        size = '' if '--input-size' in flags else '--img-size 32'
+        argv = f'{BASE} {size} --data-dir {root}/digits --output {output} {flags}'.replace('DIR', str(root)).split()
+        process = context.Process(target=_train, args=(argv, sending))
+        process.start()
+        sending.close()
+        try:
+            refusal = receiving.recv()
+        except EOFError:
+            refusal = CRASHED
+        process.join()
+        if refusal:
+            return Outcome(refusal=refusal.replace(str(root), 'DIR').strip())
+        checkpoint = torch.load(Path(output, 'run/last.pth.tar'), weights_only=False)
+        evaluated = 'state_dict_ema' if checkpoint['args'].run['ema'] else 'state_dict'
+        digest = hashlib.sha256()
+        for tensor in checkpoint[evaluated].values():
+            digest.update(tensor.float().numpy().tobytes())
+        return Outcome(weights=digest.hexdigest())
+
+
+def cell(before: str, flag: str, effect: str, root: Path, known: Dict[str, Outcome]) -> str:
+    """Tell what a flag does on top of others.
+
+    Args:
+        known: Runs made so far, by their flags.
+    """
+    with_flag = run(f'{before} {flag}', root)
+    if with_flag.refusal == CRASHED:
+        return CRASHED
+    if with_flag.refusal:
+        return f'refused: {with_flag.refusal}'
+    if before not in known:
+        known[before] = run(before, root)
+    same = with_flag.weights == known[before].weights
+    if effect != ROUNDS and same != (effect == SAME):
+        return IGNORED if same else SPOILED
+    return 'works'
+
+
+def row(before: str, flag: str, effect: str, root: Path, known: Dict[str, Outcome]) -> str:
+    """Return a row of the table: the flag, and its cells without and with NetAug."""
+    without = cell(before, flag, effect, root, known)
+    within = cell(f'{NETAUG} {before}', flag, effect, root, known)
+    after = f' after `{before}`' if before else ''
+    return f'| `{flag}`{after} | {without} | {within} |'.replace('local-dir:DIR/', 'local-dir:')
+
+
+def page(rows: List[str]) -> str:
+    return '\n'.join([
+        '# Training flags, without and with `--netaug`',
+        '',
+        f'Written by `python docs/flags.py`, with PyTorch {torch.__version__.partition("+")[0]} and timm {timm.__version__}. Each cell is'
+        ' a run of `train.py` on a few',
+        'digits, on the CPU, of `test_efficientnet` for two epochs of two updates. "works": the run ended as it should,'
+        ' and',
+        'where the flag has to change the weights, they differ from those of the run without it; where it must not,'
+        ' they are the',
+        'same to the last bit. "refused": before anything was trained, with this sentence.',
+        '',
+        '| flag | without `--netaug` | with `--netaug` |',
+        '|---|---|---|',
+        *rows,
+        '',
+    ])
+
+
+def main() -> None:
+    known: Dict[str, Outcome] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        set_up(Path(folder))
+        rows = []
+        for i, (before, flag, effect) in enumerate(ROWS):
+            rows.append(row(before, flag, effect, Path(folder), known))
+            print(f'[{i + 1}/{len(ROWS)}] {rows[-1]}', flush=True)
+    PAGE.write_text(page(rows))
+    wrong = [r for r in rows if any(word in r for word in (CRASHED, IGNORED, SPOILED))]
+    if wrong:
+        sys.exit('\n'.join(['These flags do not what they should:', *wrong]))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,40 @@
+"""The table of training flags in docs/flags.md, row by row: each cell is run again."""
+import sys
+
+import pytest
+
+from conftest import ROOT
+from timm_netaug.scripts.args import train_parser
+
+sys.path.insert(0, str(ROOT / 'docs'))
+import flags  # noqa: E402
+
+PAGE = (ROOT / 'docs/flags.md').read_text()
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('flags')
+    flags.set_up(folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def known():
+    return {}
+
+
+@pytest.mark.parametrize('before, flag, effect', flags.ROWS, ids=[f'{b} {f}'.strip() for b, f, _ in flags.ROWS])
+def test_row(before, flag, effect, root, known):
+    row = flags.row(before, flag, effect, root, known)
+    assert row in PAGE.splitlines()
+    assert not any(word in row for word in (flags.CRASHED, flags.IGNORED, flags.SPOILED))
+
+
+def test_every_flag_is_in_the_table():
+    parser = train_parser()
+    dests = {s: a.dest for a in parser._actions for s in a.option_strings}
+    there = {dests[word] for _, flag, _ in flags.ROWS for word in flag.split() if word in dests}
+    assert len(there) > 130 and not there & flags.ELSEWHERE
+    assert {a.dest for a in parser._actions} - {'help'} == there | flags.ELSEWHERE
+    assert len([line for line in PAGE.splitlines() if line.startswith('| `')]) == len(flags.ROWS)

@@ -1,0 +1,231 @@
+"""What is trained: the model with the weights that it starts from, its teacher, and the task with their losses."""
+import logging
+import os
+from typing import Any, Dict, List, Optional
+
+import torch
+import torch.nn as nn
+from timm import create_model
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from timm.models import resolve_model_input_args
+from timm.task import (
+    ClassificationTask,
+    DistillationTeacher,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
+
+import timm_netaug
+
+from ..checkpoint import check_finite, classes_in_file
+from ..errors import UserError, check_model_name, first_line
+from ..fetch import local_name
+
+__all__ = ['set_up_model', 'set_up_task', 'set_up_teacher', 'to_train']
+
+_logger = logging.getLogger('train')
+
+
+def set_up_model(args) -> nn.Module:
+    """Build the stock model, with whatever weights it starts from."""
+    check_model_name(args.model)
+    for flag in ('pretrained_path', 'initial_checkpoint'):
+        if getattr(args, flag) and not os.path.isfile(getattr(args, flag)):
+            raise UserError(f'--{flag.replace("_", "-")}: there is no file {getattr(args, flag)}.')
+    pretrained, overlay = args.pretrained, {}
+    if args.pretrained_path:
+        pretrained = True
+        classes = classes_in_file(args.pretrained_path, args.model)
+        overlay = dict(file=args.pretrained_path, num_classes=-1 if classes is None else classes)
+        if classes is not None and args.num_classes not in (None, classes):
+            _logger.info(f'The weights are for {classes} classes, not {args.num_classes}: the classifier is a new one.')
+    optional = dict(  # models without such an argument are only asked where a flag is given
+        drop_path_rate=args.drop_connect if args.drop_path is None else args.drop_path,
+        drop_block_rate=args.drop_block,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+        global_pool=args.gp,
+    )
+    try:
+        model = create_model(
+            pretrained=pretrained,
+            checkpoint_path=args.initial_checkpoint or None,
+            **resolve_model_input_args(
+                args.model,
+                vars(args),
+                in_chans=args.in_chans,
+                num_classes=args.num_classes,
+                drop_rate=args.drop,
+                pretrained_cfg_overlay=overlay,
+                **optional,
+                **args.model_kwargs,
+            ),
+        )
+    except TypeError as e:
+        raise UserError(f'{args.model} does not take one of the arguments given: {e}.') from e
+    except (FileNotFoundError, RuntimeError, ValueError, AssertionError) as e:
+        hint = ' (--pretrained-path takes weights with another classifier, or of the reference implementation.)'
+        raise UserError(f'{args.model} can not be built: {" ".join(str(e).split())[:300]}'
+                        + (hint if args.initial_checkpoint else '')) from e
+    if isinstance(model, timm_netaug.SuperNet):
+        raise UserError('Use --netaug instead of --model-kwargs netaug=...')
+    if args.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as e:
+            raise UserError(f'--grad-checkpointing: {args.model} has none, leave it out.') from e
+    if args.num_classes is None:
+        args.num_classes = model.num_classes
+    return model
+
+
+@torch.no_grad()
+def _set_up_head(args, model: nn.Module) -> None:
+    if args.head_init_scale is not None:
+        for p in model.get_classifier().parameters():
+            p.mul_(args.head_init_scale)
+    if args.head_init_bias is not None:
+        nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
+
+
+def to_train(args, model: nn.Module, config: Optional[timm_netaug.NetAugConfig], device, dtype) -> nn.Module:
+    """Make of the stock model what is trained: with NetAug its super-network, on the device, in format and type.
+
+    Raises:
+        UserError: The model is not one that NetAug takes.
+    """
+    if config is not None:
+        try:
+            model = timm_netaug.augment(model, config)
+        except ValueError as e:
+            raise UserError(f'--netaug: {e} The models that it takes are listed in docs/models.md.') from e
+        if not (args.pretrained or args.pretrained_path or args.initial_checkpoint):
+            model.init_weights()
+    _set_up_head(args, model)
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    model.to(device=device, dtype=dtype)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.sync_bn and not args.distributed:
+        _logger.warning('--sync-bn has nothing to synchronise in one process.')
+    elif args.sync_bn:
+        args.dist_bn = ''  # the processes have the same statistics
+        if config is not None:
+            model.synchronise_batchnorm()
+        else:
+            model = convert_sync_batchnorm(model)
+    if args.torchscript:
+        try:
+            model = torch.jit.script(model)
+        except Exception as e:  # of its compiler, of many types
+            raise UserError(f'--torchscript: {args.model} can not be scripted: {first_line(e)[:200]}.') from e
+    return model
+
+
+def set_up_teacher(
+        args,
+        data_config: Dict[str, Any],
+        class_names: Optional[List[str]],
+        device: torch.device,
+        dtype: torch.dtype,
+) -> Optional[DistillationTeacher]:
+    """Build the model that `--kd-model-name` names, with its weights; None without the flag.
+
+    Raises:
+        UserError: There is none, it has no weights, other classes than the student, or does not take its images.
+    """
+    name = args.kd_model_name
+    if not name:
+        return None
+    check_model_name(name)
+    try:
+        model = create_model(local_name(name), pretrained=True)
+    except (FileNotFoundError, RuntimeError, ValueError, TypeError, KeyError) as e:
+        raise UserError(f'--kd-model-name: {name} can not be loaded: {first_line(e)[:300]}.') from e
+    check_finite(model.state_dict(), f'--kd-model-name: {name}')
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    if model.num_classes != args.num_classes:
+        raise UserError(f'--kd-model-name: {name} is for {model.num_classes} classes, the student for'
+                        f' {args.num_classes}: train the teacher on this data set first, export it, and name it as'
+                        f' local-dir:OUT_DIR.')
+    if names and class_names and list(names) != list(class_names):
+        odd = next((a, b) for a, b in zip(names, class_names) if a != b)
+        raise UserError(f'--kd-model-name: {name} has other classes than the data set ({odd[0]}, here {odd[1]}).')
+    model = model.to(device=device, dtype=dtype).eval()
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, *data_config['input_size'], device=device, dtype=dtype))
+    except (RuntimeError, AssertionError, ValueError) as e:
+        size = ' x '.join(map(str, data_config['input_size']))
+        raise UserError(f'--kd-model-name: {name} does not take images of {size}: {first_line(e)[:200]}.') from e
+    return DistillationTeacher(model, device=device, dtype=dtype)
+
+
+@torch.inference_mode()
+def _check_features(task: FeatureDistillationTask, input: torch.Tensor) -> None:
+    task.eval()
+    try:
+        student, teacher = task.trainable_module(input)[1], task.teacher(input, return_features=True)
+    except RuntimeError as e:
+        raise UserError(f'--kd-student-feature-dim {task.trainable_module.projection.in_features} is not the number of'
+                        f' features of the student.') from e
+    task.train()
+    if student.shape != teacher.shape:
+        raise UserError(f'--kd-distill-type feature: the teacher has {teacher.shape[-1]} features, what the student is'
+                        f' projected to {student.shape[-1]}. Leave --kd-teacher-feature-dim and'
+                        f' --kd-student-feature-dim out.')
+
+
+def set_up_task(
+        args,
+        model: nn.Module,
+        teacher: Optional[DistillationTeacher],
+        data_config: Dict[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+) -> TrainingTask:
+    """Build the task that computes the losses.
+
+    Raises:
+        UserError: The model is not one for this kind of distillation.
+    """
+    mixup = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    kwargs: Dict[str, Any] = dict(
+        criterion_kwargs=dict(
+            loss_type='jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce',
+            smoothing=args.smoothing,
+            soft_targets=mixup and not args.jsd_loss,
+            jsd_splits=args.aug_splits,
+            bce_target_thresh=args.bce_target_thresh,
+            bce_sum=args.bce_sum,
+            pos_weight=args.bce_pos_weight,
+        ),
+        device=device,
+        dtype=dtype,
+    )
+    weights = dict(task_loss_weight=args.task_loss_weight, distill_loss_weight=args.distill_loss_weight)
+    soft = dict(temperature=args.kd_temperature, **weights)
+    if args.netaug:
+        task = timm_netaug.NetAugTask(model, teacher=teacher, seed=args.seed, **soft, **kwargs)
+    elif teacher is None:
+        return ClassificationTask(model, **kwargs)
+    else:
+        try:
+            if args.kd_distill_type == 'feature':
+                task = FeatureDistillationTask(
+                    model, teacher, student_feature_dim=args.kd_student_feature_dim,
+                    teacher_feature_dim=args.kd_teacher_feature_dim, **weights, **kwargs)
+                _check_features(task, torch.zeros(1, *data_config['input_size'], device=device, dtype=dtype))
+            elif args.kd_distill_type == 'token':
+                task = TokenDistillationTask(model, teacher, distill_type=args.kd_token_distill_type, **soft, **kwargs)
+            else:
+                task = LogitDistillationTask(model, teacher, loss_type=args.kd_loss_type, **soft, **kwargs)
+        except (ValueError, AttributeError) as e:
+            raise UserError(f'--kd-distill-type {args.kd_distill_type}: {first_line(e)}.') from e
+    if teacher is not None:  # timm takes them from the registered model; these are what the images really have
+        for name in ('mean', 'std'):
+            getattr(task, f'student_{name}').copy_(torch.tensor(data_config[name]).view(1, -1, 1, 1))
+    return task

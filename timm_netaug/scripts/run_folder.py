@@ -1,0 +1,184 @@
+"""A run's folder: its provenance, its checkpoints, and whether another run may go on with it."""
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import timm
+import torch
+import torchvision
+import yaml
+from timm.models import safe_model_name
+from timm.task import TrainingTask
+from timm.utils import get_outdir, is_primary, trim_summary
+
+import timm_netaug
+
+from ..checkpoint import AtomicSaver, aside, read_checkpoint
+from ..errors import UserError
+from .args import FREE_FLAGS
+from .device import restarts
+
+__all__ = ['check_resume', 'find_restart', 'set_up_saver', 'versions', 'OF_FLAGS']
+
+_logger = logging.getLogger('train')
+
+# Fields of an optimizer's groups that flags set; others may be counters.
+OF_FLAGS = ('lr', 'weight_decay', 'momentum', 'betas', 'eps', 'lr_scale')
+
+
+def versions() -> Dict[str, str]:
+    """Return the versions of what decides on a run's last bits."""
+    return dict(
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        torchvision=str(torchvision.__version__),
+        timm=timm.__version__,
+        timm_netaug=timm_netaug.__version__,
+    )
+
+
+def _run_folder(args) -> str:
+    return os.path.join(args.output or os.path.join('output', 'train'), args.experiment)
+
+
+def find_restart(args) -> None:
+    """Let processes that torchrun has started anew go on with the last epoch that was saved.
+
+    Raises:
+        UserError: They could not find it.
+    """
+    if int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) and not args.experiment:
+        raise UserError('torchrun --max-restarts needs --experiment: the name of the folder in which processes that'
+                        ' are started anew find the last checkpoint.')
+    last = os.path.join(_run_folder(args), 'last.pth.tar')
+    if restarts() and os.path.exists(last):
+        args.resume = last
+
+
+def check_resume(args, parser, run: Dict[str, Any]) -> List[Optional[float]]:
+    """Refuse a checkpoint of another model or training, naming what differs, and warn of other flags.
+
+    Returns:
+        The metric after every epoch so far, which schedules that follow it are stepped with.
+    """
+    saved = read_checkpoint(args.resume).get('args')
+    there = getattr(saved, 'run', None)
+    if there is None:
+        raise UserError(f'--resume: {args.resume} is not a checkpoint of train.py.')
+    old, new = ({'architecture': r['architecture'], **r['model_args'], 'classes': r['class_names']}
+                for r in (there, run))
+    changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    if changed:
+        raise UserError(f'--resume: {args.resume} is of another model: ' + ', '.join(
+            f'{k} is {old.get(k)!r} there and {new.get(k)!r} here' for k in changed) + '.')
+    if bool(there.get('netaug')) != bool(run.get('netaug')):
+        raise UserError(f'--resume: {args.resume} was trained with{"" if there.get("netaug") else "out"} --netaug.')
+    if saved.opt != args.opt and not args.no_resume_opt:
+        raise UserError(f'--resume: {args.resume} was trained with --opt {saved.opt}: take the same, or start the'
+                        f' optimizer anew with --no-resume-opt.')
+    then, now = there.get('versions', {}), run['versions']
+    changed = [f'{k} {then[k]}, not {now[k]}' for k in then if then[k] != now[k]]
+    if is_primary(args) and changed:
+        _logger.warning(f'The checkpoint was written with {", ".join(changed)}: the last bits may differ.')
+    changed = [a.dest for a in parser._actions if a.dest not in (*FREE_FLAGS, 'help', 'num_classes')
+               and getattr(saved, a.dest, None) != getattr(args, a.dest)]
+    if is_primary(args) and changed:
+        _logger.warning('Not the training that the checkpoint is of: ' + ', '.join(
+            f'{k} was {getattr(saved, k, None)!r}, is {getattr(args, k)!r}' for k in changed) + '.')
+    return there.get('metrics', [])
+
+
+def set_up_saver(args, parser, task: TrainingTask, optimizer, loss_scaler, start_epoch: int) -> AtomicSaver:
+    """Set up all that the first process writes: the run's folder, its provenance, and the checkpoints."""
+    size = args.run['data_config']['input_size'][-1]
+    name = args.experiment or '-'.join(
+        [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(size)])
+    folder, resumed_here = _set_up_folder(args, name, start_epoch)
+    _write_provenance(args, parser, folder)
+    saver = AtomicSaver(
+        task.get_trainable_module(),
+        optimizer,
+        args=args,
+        amp_scaler=loss_scaler,
+        checkpoint_dir=folder,
+        recovery_dir=folder,
+        decreasing=args.eval_metric == 'loss',
+        max_history=args.checkpoint_hist,
+        task=task,
+    )
+    if resumed_here:
+        saver.load_state_dict_from_checkpoint(args.resume)
+    if args.log_wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError('--log-wandb needs the package wandb: pip install wandb.') from None
+        wandb.init(project=args.wandb_project, name=args.experiment or None, config=vars(args), tags=args.wandb_tags,
+                   resume='must' if args.wandb_resume_id else None, id=args.wandb_resume_id or None)
+    return saver
+
+
+def _set_up_folder(args, name: str, start_epoch: int) -> Tuple[str, bool]:
+    """Make the folder of a run, and keep the epochs before the one that it goes on with.
+
+    Returns:
+        The folder, and whether it is the one of the checkpoint that is resumed.
+
+    Raises:
+        UserError: The run would write over another one, or over a later part of itself.
+    """
+    folder = get_outdir(args.output or os.path.join('output', 'train'), name)
+    summary, last = os.path.join(folder, 'summary.csv'), os.path.join(folder, 'last.pth.tar')
+    if args.resume and os.path.samefile(os.path.dirname(os.path.abspath(args.resume)), folder):
+        if os.path.exists(last) and read_checkpoint(last)['epoch'] >= start_epoch:
+            raise UserError(f'{folder} holds later epochs than {args.resume}: go on with {last}, or choose another'
+                            f' --experiment to train them anew.')
+        if os.path.exists(summary):
+            shutil.copyfile(summary, f'{summary}.aside')
+            trim_summary(f'{summary}.aside', start_epoch)
+            os.replace(f'{summary}.aside', summary)
+        return folder, True
+    if os.path.exists(last):
+        raise UserError(f'{folder} holds a run already: go on with it by --resume {last}, or choose another'
+                        f' --experiment.')
+    if os.path.exists(summary):
+        if len(Path(summary).read_text().splitlines()) > 2:
+            raise UserError(f'{folder} holds the results of a run: choose another --experiment.')
+        os.remove(summary)  # of a run that was killed before its first checkpoint
+    if args.resume:
+        _logger.warning(f'{folder} is not the folder of {args.resume}: best metric and summary begin anew.')
+    return folder, False
+
+
+def _write_provenance(args, parser, output_dir: str) -> None:
+    """Write the resolved flags (as a config for -c) and the versions beside the results."""
+    left_out = ['help', 'config', 'data', 'local_rank', 'resume', 'no_resume_opt']
+    if not args.device_given:  # what stood in for it here need not be right elsewhere
+        left_out.append('device')
+    flags = {a.dest: getattr(args, a.dest) for a in parser._actions if a.dest not in left_out}
+    flags = {k: v for k, v in flags.items() if v not in (None, [])}
+    with aside(os.path.join(output_dir, 'args.yaml')) as f:
+        yaml.safe_dump(flags, f, sort_keys=True)
+    revision = None
+    checkout = Path(timm_netaug.__file__).parents[1]
+    if (checkout / '.git').exists():  # not that of a project around an environment
+        try:
+            git = ['git', 'describe', '--always', '--dirty']
+            revision = subprocess.run(git, cwd=checkout, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            pass
+    provenance = dict(
+        **versions(),
+        revision=revision,
+        command=[os.path.basename(sys.argv[0]), *sys.argv[1:]],
+    )
+    with aside(os.path.join(output_dir, 'versions.json')) as f:
+        json.dump(provenance, f, indent=2)
+        f.write('\n')
