@@ -3,9 +3,8 @@
 A layer reads as many channels as its input has; only a dense convolution has to be told how many to write
 (`active_out`). So the widths of a whole network are set at its convolutions, and every other layer follows.
 """
-from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import Any, Dict, Iterator, Tuple
+from contextlib import nullcontext
+from typing import Any, Dict, Tuple
 
 import torch
 import torch.nn as nn
@@ -13,6 +12,8 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, LayerScale2d, Linear
 from torch.nn.modules._functions import SyncBatchNorm as sync_batch_norm
 from torch.utils.checkpoint import checkpoint
+
+from .norm_act import FUSED, batch_norm_relu
 
 __all__ = [
     'ELASTIC', 'STATE', 'STOCK', 'CheckpointedBlocks', 'ElasticConv2d', 'ElasticDepthwiseConv2d',
@@ -86,7 +87,12 @@ class ElasticBatchNormAct2d(BatchNormAct2d):
         bias = None if self.bias is None else self.bias[:channels]
         together = self.synchronised and self.training and torch.distributed.is_initialized()
         processes = torch.distributed.get_world_size() if together else 1
-        if processes > 1:
+        fused = (
+            self.training and processes == 1 and weight is not None and bias is not None
+            and type(self.act) in FUSED and type(self.drop) is nn.Identity and not torch.compiler.is_compiling())
+        if fused:
+            x = batch_norm_relu(x, weight, bias, mean, var, momentum, self.eps, FUSED[type(self.act)])
+        elif processes > 1:
             group = torch.distributed.group.WORLD
             x = sync_batch_norm.apply(x, weight, bias, mean, var, self.eps, momentum, group, processes)
         else:
@@ -97,7 +103,7 @@ class ElasticBatchNormAct2d(BatchNormAct2d):
             # error when the two losses are summed before `backward()`; `.data` makes it an invisible one.
             behind = slice(self.tiny_width, channels)
             self.running_mean.data[behind], self.running_var.data[behind] = mean[behind], var[behind]
-        return self.act(self.drop(x))
+        return x if fused else self.act(self.drop(x))
 
     def _count_batch(self) -> float:
         """Count a batch of the tiny pass and return its weight in the running statistics."""
@@ -153,27 +159,26 @@ class CheckpointedBlocks(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for stage in self:
             for block in stage:
-                x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_again, block))
+                x = checkpoint(
+                    block, x, use_reentrant=False, context_fn=lambda block=block: (nullcontext(), _Again(block)))
         return x
 
 
-def _again(block: nn.Module) -> Tuple[Any, Any]:
-    """Return the contexts of a block's forward pass and of its repetition, which is as the block is now."""
-    now = [(m, {k: getattr(m, k) for k in STATE[:2] if hasattr(m, k)}) for m in block.modules()]
-    now = [(m, {**state, 'frozen': True} if 'augmented' in state else state) for m, state in now if state]
+class _Again:
+    """The context of a block's repeated forward pass, which is as the block is now."""
 
-    @contextmanager
-    def repetition() -> Iterator[None]:
-        before = [(m, {k: getattr(m, k) for k in state}) for m, state in now]
-        try:
-            for m, state in now:
-                vars(m).update(state)
-            yield
-        finally:
-            for m, state in before:
-                vars(m).update(state)
+    def __init__(self, block: nn.Module):
+        now = [(m, {k: getattr(m, k) for k in STATE[:2] if hasattr(m, k)}) for m in block.modules()]
+        self.now = [(m, {**state, 'frozen': True} if 'augmented' in state else state) for m, state in now if state]
 
-    return nullcontext(), repetition()
+    def __enter__(self) -> None:
+        self.before = [(m, {k: getattr(m, k) for k in state}) for m, state in self.now]
+        for m, state in self.now:
+            vars(m).update(state)
+
+    def __exit__(self, *exc: Any) -> None:
+        for m, state in self.before:
+            vars(m).update(state)
 
 
 # The role of a layer in its network (see `layout.Layout`) and its exact stock type -> its elastic type.
