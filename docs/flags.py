@@ -3,8 +3,8 @@
 
     python docs/flags.py
 
-Each cell is a run of `train.py` of two short epochs. It 'works' if it ends as it should and, where the flag is one that
-has to change the weights, they differ from those of the same run without it.
+Each cell is a run of `train.py` of two short epochs. It 'works' if it ends as it should and has done what it is for:
+changed the weights, or something else that can be seen, against the same run without it.
 """
 import contextlib
 import hashlib
@@ -14,12 +14,15 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 
 import timm
 import torch
+from timm.layers import BatchNormAct2d, is_fast_norm
+from timm.utils import unwrap_model
 
 from timm_netaug.checkpoint import describe_run
+from timm_netaug.elastic import ElasticBatchNormAct2d
 from timm_netaug.export import export_folder
 from timm_netaug.scripts import train
 
@@ -29,7 +32,8 @@ BASE = ('--model test_efficientnet --num-classes 10 -b 20 -j 0 --epochs 2 --warm
         ' --experiment run --device cpu')
 NETAUG = '--netaug'
 CRASHED, IGNORED, SPOILED = 'CRASHED', 'IGNORED', 'CHANGES THE WEIGHTS'
-CHANGES, SAME, ROUNDS = 'changes', 'same', 'rounds'  # the weights; the last one in their last bits, or not at all
+# What a flag does: change the weights, nothing in one process on a CPU, or something else that `_train` sees.
+CHANGES, SAME = 'weights', 'nothing'
 
 # Flags that are there already, the flag that the row is about, and what it does to the weights. DIR is replaced.
 ROWS: List[Tuple[str, str, str]] = [
@@ -61,14 +65,14 @@ ROWS: List[Tuple[str, str, str]] = [
     ('', '--amp', CHANGES),
     ('--amp', '--amp-dtype bfloat16', CHANGES),
     ('', '--model-dtype bfloat16', CHANGES),
-    ('', '--channels-last', ROUNDS),
-    ('', '--fast-norm', ROUNDS),
+    ('', '--channels-last', 'layout'),
+    ('', '--fast-norm', 'norms'),
     ('', '--grad-accum-steps 2', CHANGES),
-    ('', '--grad-checkpointing', ROUNDS),
-    ('', '--torchcompile eager', ROUNDS),
-    ('--torchcompile inductor', '--torchcompile-mode default', ROUNDS),
-    ('', '--torchscript', ROUNDS),
-    ('--torchscript', '--fuser te', ROUNDS),
+    ('', '--grad-checkpointing', 'calls'),
+    ('', '--torchcompile eager', 'compiled'),
+    ('--torchcompile inductor', '--torchcompile-mode default', SAME),
+    ('', '--torchscript', 'scripted'),
+    ('--torchscript', '--fuser te', 'scripted'),
     ('', '--sync-bn', CHANGES),
     ('', '--dist-bn broadcast', SAME),
     ('', '--bn-momentum 0.9', CHANGES),
@@ -95,6 +99,7 @@ ROWS: List[Tuple[str, str, str]] = [
     ('', '--aug-splits 2', CHANGES),
     ('--aug-splits 2', '--jsd-loss', CHANGES),
     ('--aug-splits 2', '--split-bn', CHANGES),
+    ('--aug-splits 2', '--kd-model-name local-dir:DIR/teacher', CHANGES),
     ('', '--aug-repeats 2', CHANGES),
     ('', '--train-img-sizes 24 32', CHANGES),
     ('--train-img-sizes 24 32', '--train-batch-sizes 20 10', CHANGES),
@@ -165,24 +170,24 @@ ROWS: List[Tuple[str, str, str]] = [
     ('', '--input-size 3 48 48', CHANGES),
     ('', '--mean 0.5 0.5 0.5', CHANGES),
     ('', '--std 0.5 0.5 0.5', CHANGES),
-    ('', '--crop-pct 0.5', SAME),
-    ('', '--interpolation bicubic', SAME),
+    ('', '--crop-pct 0.5', 'data'),
+    ('', '--interpolation nearest', 'data'),
     ('', '--model-kwargs act_layer=relu', CHANGES),
     ('', '--seed 1', CHANGES),
     ('', '-j 1', CHANGES),
     ('-j 1 --aa rand-m9', '--worker-seeding part', CHANGES),
     ('-j 1', '--use-multi-epochs-loader', CHANGES),
-    ('', '--no-prefetcher', ROUNDS),
+    ('', '--no-prefetcher', 'layout'),
     ('', '--pin-mem', SAME),
     ('', '--no-ddp-bb', SAME),
     ('', '--synchronize-step', SAME),
-    ('', '-vb 5', SAME),
-    ('', '--val-interval 2', SAME),
-    ('', '--eval-metric loss', SAME),
-    ('', '--log-interval 1', SAME),
-    ('', '--recovery-interval 1', SAME),
-    ('', '--checkpoint-hist 1', SAME),
-    ('', '--save-images', SAME),
+    ('', '-vb 5', 'evaluated'),
+    ('', '--val-interval 2', 'evaluated'),
+    ('', '--eval-metric loss', 'ranked'),
+    ('-b 10', '--log-interval 1', 'said'),
+    ('', '--recovery-interval 1', 'files'),
+    ('', '--checkpoint-hist 1', 'files'),
+    ('', '--save-images', 'files'),
     ('', '--tta 2', SAME),
     ('', '--naflex-loader', CHANGES),
 ]
@@ -198,8 +203,8 @@ ELSEWHERE = {
 
 
 class Outcome(NamedTuple):
-    """How a run ended: with these weights, or with this sentence."""
-    weights: str = ''
+    """How a run ended: with a sentence, or with what was seen of it by then."""
+    seen: Dict[str, str]
     refusal: str = ''
 
 
@@ -220,15 +225,67 @@ def set_up(root: Path) -> None:
         export_folder(model, root / folder, describe_run(model, config, [str(i) for i in range(10)]))
 
 
-def _train(argv: List[str], results) -> None:
+def _watch(seen: Dict[str, Any]) -> None:
+    """Count, in a process of its own, what a run does that its weights do not tell."""
+    seen.update(calls=0, layout='', evaluated=[], scripted=[])
+    forward, one_epoch, evaluate = BatchNormAct2d.forward, train.train_one_epoch, train.evaluate
+
+    def counted(module, x):
+        seen['calls'] += module.training
+        return forward(module, x)
+
+    def loaded(epoch, **kwargs):
+        model = unwrap_model(kwargs['task'].get_trainable_module())
+        weight = next(p for p in model.parameters() if p.ndim == 4)
+        seen['layout'] = f'{weight.is_contiguous()} {type(kwargs["loader"]).__name__}'
+        fused = torch._C._jit_texpr_fuser_enabled() and torch._C._get_graph_executor_optimize()
+        seen['scripted'] = [isinstance(model, torch.jit.ScriptModule), fused, torch._C._jit_can_fuse_on_cpu()]
+        return one_epoch(epoch, **kwargs)
+
+    def evaluated(*args, **kwargs):
+        metrics = evaluate(*args, **kwargs)
+        seen['evaluated'].append((len(kwargs['loader']), metrics))
+        return metrics
+
+    BatchNormAct2d.forward, train.train_one_epoch, train.evaluate = counted, loaded, evaluated
+    elastic = ElasticBatchNormAct2d.forward
+
+    def counted_elastic(module, x):
+        seen['calls'] += module.training
+        return elastic(module, x)
+
+    ElasticBatchNormAct2d.forward = counted_elastic
+
+
+def _train(argv: List[str], output: str, results) -> None:
     sys.argv = ['train.py', *argv]
-    refusal = ''
+    refusal, seen = '', {}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        if '--torchcompile' not in argv:  # which would see the counting, too
+            _watch(seen)
         try:
             train.main()
         except SystemExit as e:
             refusal = (str(e.code) if isinstance(e.code, str) else said.getvalue()).partition('error: ')[2]
-    results.send(refusal)
+    run_folder = Path(output, 'run')
+    if refusal:
+        results.send(Outcome({}, f'{CRASHED} {refusal}' if run_folder.exists() else refusal))
+        return
+    checkpoint = torch.load(run_folder / 'last.pth.tar', weights_only=False)
+    run_facts = checkpoint['args'].run
+    digest = hashlib.sha256()
+    for tensor in checkpoint['state_dict_ema' if run_facts['ema'] else 'state_dict'].values():
+        digest.update(tensor.float().numpy().tobytes())
+    seen.update(
+        weights=digest.hexdigest(),
+        compiled=torch._dynamo.utils.counters['stats']['unique_graphs'],
+        data=run_facts['data_config'],
+        files=sorted(p.name for p in run_folder.iterdir()),
+        norms=is_fast_norm(),
+        ranked=checkpoint['metric'],
+        said=said.getvalue().count(' images/s '),
+    )
+    results.send(Outcome({k: str(v) for k, v in seen.items()}))
 
 
 def run(flags: str, root: Path) -> Outcome:
@@ -239,22 +296,15 @@ def run(flags: str, root: Path) -> Outcome:
     with tempfile.TemporaryDirectory() as output:
         size = '' if '--input-size' in flags else '--img-size 32'
         argv = f'{BASE} {size} --data-dir {root}/digits --output {output} {flags}'.replace('DIR', str(root)).split()
-        process = context.Process(target=_train, args=(argv, sending))
+        process = context.Process(target=_train, args=(argv, output, sending))
         process.start()
         sending.close()
         try:
-            refusal = receiving.recv()
+            outcome = receiving.recv()
         except EOFError:
-            refusal = CRASHED
+            outcome = Outcome({}, CRASHED)
         process.join()
-        if refusal:
-            return Outcome(refusal=refusal.replace(str(root), 'DIR').strip())
-        checkpoint = torch.load(Path(output, 'run/last.pth.tar'), weights_only=False)
-        evaluated = 'state_dict_ema' if checkpoint['args'].run['ema'] else 'state_dict'
-        digest = hashlib.sha256()
-        for tensor in checkpoint[evaluated].values():
-            digest.update(tensor.float().numpy().tobytes())
-        return Outcome(weights=digest.hexdigest())
+    return outcome._replace(refusal=outcome.refusal.replace(str(root), 'DIR').strip())
 
 
 def cell(before: str, flag: str, effect: str, root: Path, known: Dict[str, Outcome]) -> str:
@@ -264,37 +314,40 @@ def cell(before: str, flag: str, effect: str, root: Path, known: Dict[str, Outco
         known: Runs made so far, by their flags.
     """
     with_flag = run(f'{before} {flag}', root)
-    if with_flag.refusal == CRASHED:
-        return CRASHED
     if with_flag.refusal:
-        return f'refused: {with_flag.refusal}'
+        return with_flag.refusal if CRASHED in with_flag.refusal else f'refused: {with_flag.refusal}'
     if before not in known:
         known[before] = run(before, root)
-    same = with_flag.weights == known[before].weights
-    if effect != ROUNDS and same != (effect == SAME):
-        return IGNORED if same else SPOILED
-    return 'works'
+    if effect == SAME:
+        return 'works' if with_flag.seen == known[before].seen else SPOILED
+    return 'works' if with_flag.seen[effect] != known[before].seen[effect] else IGNORED
 
 
-def row(before: str, flag: str, effect: str, root: Path, known: Dict[str, Outcome]) -> str:
-    """Return a row of the table: the flag, and its cells without and with NetAug."""
-    without = cell(before, flag, effect, root, known)
-    within = cell(f'{NETAUG} {before}', flag, effect, root, known)
+def title(before: str, flag: str) -> str:
     after = f' after `{before}`' if before else ''
-    return f'| `{flag}`{after} | {without} | {within} |'.replace('local-dir:DIR/', 'local-dir:')
+    return f'| `{flag}`{after} |'.replace('local-dir:DIR/', 'local-dir:')
+
+
+def row(before: str, flag: str, effect: str, root: Path, known: Dict[str, Outcome], without: str = '') -> str:
+    """Return a row of the table: the flag, and its cells without (where it is not given) and with NetAug."""
+    without = without or cell(before, flag, effect, root, known)
+    # Where channels have been sorted, the first batches are not compiled, and there are no others here.
+    netaug = f'{NETAUG} --netaug-no-sort' if effect == 'compiled' else NETAUG
+    return f'{title(before, flag)} {without} | {cell(f"{netaug} {before}", flag, effect, root, known)} |'
 
 
 def page(rows: List[str]) -> str:
     return '\n'.join([
         '# Training flags, without and with `--netaug`',
         '',
-        f'Written by `python docs/flags.py`, with PyTorch {torch.__version__.partition("+")[0]} and timm {timm.__version__}. Each cell is'
-        ' a run of `train.py` on a few',
-        'digits, on the CPU, of `test_efficientnet` for two epochs of two updates. "works": the run ended as it should,'
-        ' and',
-        'where the flag has to change the weights, they differ from those of the run without it; where it must not,'
-        ' they are the',
-        'same to the last bit. "refused": before anything was trained, with this sentence.',
+        f'Written by `python docs/flags.py`, with PyTorch {torch.__version__.partition("+")[0]} and timm'
+        f' {timm.__version__}. Each cell is a run of `train.py` on a few',
+        'digits, on the CPU, of `test_efficientnet` for two epochs of two updates.',
+        '',
+        '- works: the run ended as it should, and against the run without the flag something is different that shows',
+        '  the flag at work: the weights; or graphs that were compiled, memory format, passes made, files, the log. Of',
+        '  flags that one process on a CPU has no use for (such as `--pin-mem`): all of that is the same.',
+        '- refused: before anything was trained or written, with this sentence.',
         '',
         '| flag | without `--netaug` | with `--netaug` |',
         '|---|---|---|',

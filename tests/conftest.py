@@ -21,7 +21,20 @@ OTHERS = ['mobilenetv2_035', 'mobilenetv3_small_050', 'mnasnet_small', 'lcnet_03
 # Flags of a run of a few seconds an epoch.
 SMALL_RUN = ['--model', 'test_efficientnet', '--num-classes', 10, '--img-size', 32, '--warmup-epochs', 0, '--lr', 0.05]
 
+# Files that take longest. They are started first, so that no process is left with one of them while the others are done.
+LONG = ['test_flags.py', 'test_faults.py', 'test_supernet.py', 'test_docs.py', 'test_scripts.py', 'test_wheel.py',
+        'test_resume.py', 'test_distributed.py', 'test_hub.py', 'test_validate.py', 'test_family.py']
+
 torch.set_num_threads(1)  # the tensors are small, and CI machines are shared
+
+
+def pytest_configure(config):
+    if hasattr(config.option, 'loadscopereorder'):
+        config.option.loadscopereorder = False  # pytest-xdist's own order starts the files with most tests first
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 def images(batch: int = 4, size: int = 64, seed: int = 0, **kwargs) -> torch.Tensor:

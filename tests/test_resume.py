@@ -155,6 +155,7 @@ def test_resumed_history_of_a_plateau(undisturbed):
     (['--num-classes', 12], 'num_classes is 10 there and 12 here'),
     (['--netaug-divisor', 8], 'divisor is 1 there and 8 here'),
     (['--bn-eps', 0.1], 'bn_eps is None there and 0.1 here'),
+    (['--opt', 'adamw'], 'was trained with --opt sgd'),
 ])
 def test_changed_model_is_refused_by_name(argv, said, undisturbed, few_digits, tmp_path):
     before = (undisturbed[0] / 'summary.csv').read_text()
@@ -162,6 +163,23 @@ def test_changed_model_is_refused_by_name(argv, said, undisturbed, few_digits, t
                       undisturbed[0] / 'last.pth.tar', '--output', tmp_path, check=False)
     assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
     assert not list(tmp_path.iterdir()) and (undisturbed[0] / 'summary.csv').read_text() == before
+
+
+def test_other_training_is_refused_by_name(undisturbed, few_digits, tmp_path):
+    """One without NetAug, and one of other classes."""
+    last = undisturbed[0] / 'last.pth.tar'
+    plain = [f for f in FLAGS if f != '--netaug']
+    done = run_python('train.py', '--data-dir', few_digits, *plain, '--resume', last, '--output', tmp_path, check=False)
+    assert done.returncode == 1 and 'was trained with --netaug.' in done.stderr
+    letters = tmp_path / 'letters'
+    for folder in few_digits.glob('*/*'):
+        (letters / folder.parent.name).mkdir(parents=True, exist_ok=True)
+        name = 'nine' if folder.name == '9' else folder.name
+        (letters / folder.parent.name / name).symlink_to(folder)
+    done = run_python('train.py', '--data-dir', letters, *FLAGS, '--resume', last, '--output', tmp_path / 'out',
+                      check=False)
+    assert done.returncode == 1 and "'nine'" in done.stderr and 'classes is' in done.stderr
+    assert not (tmp_path / 'out').exists()
 
 
 def test_changed_flags_are_told(undisturbed, few_digits, tmp_path):

@@ -64,6 +64,13 @@ def test_every_flag_of_timm(script, parser):
     (['--netaug', '--netaug-batch-fraction', '0'], '--netaug-batch-fraction is a share'),
     (['--netaug', '--netaug-batch-fraction', '0.5', '--aug-splits', '2'], 'does not go together with --aug-splits'),
     (['--drop-path', '0.1', '--drop-connect', '0.1'], '--drop-connect is the old name'),
+    (['--netaug', '--torchcompile', '--grad-checkpointing'], 'do not go together with --netaug: compiled code'),
+    (['--netaug', '--fast-norm'], '--fast-norm does not go together with --netaug: it is for LayerNorm'),
+    (['--netaug', '--netaug-batch-fraction', '0.5', '--resplit'], 'the first part of the batch is not erased'),
+    (['--sync-bn', '--split-bn', '--aug-splits', '2'], '--sync-bn and --split-bn do not go together'),
+    (['--torchscript', '--sync-bn'], '--torchscript and --sync-bn do not go together'),
+    (['--torchscript', '--grad-checkpointing'], '--torchscript and --grad-checkpointing do not go together'),
+    (['--torchscript', '--kd-model-name', 'x'], '--torchscript and --kd-model-name do not go together'),
     (['--netaug-alpha', '2'], 'do nothing without --netaug'),
     (['--netaug', '--netaug-divisor', '0'], '--netaug-divisor must be'),
     (['--netaug', '--netaug-width-mults', '0.5'], '--netaug-width-mults must be'),
@@ -251,9 +258,11 @@ def teachers(tmp_path_factory):
     root = tmp_path_factory.mktemp('teachers')
     for name, architecture, classes in (
             ('same', 'test_resnet', '0123456789'), ('3', 'test_resnet', '012'),
-            ('vit', 'vit_tiny_patch16_224', '0123456789'), ('letters', 'test_resnet', 'abcdefghij')):
-        model = make(architecture, num_classes=len(classes))
-        config = timm.data.resolve_model_data_config(model)
+            ('vit', 'vit_tiny_patch16_224', '0123456789'), ('letters', 'test_resnet', 'abcdefghij'),
+            ('vit32', 'vit_tiny_patch16_224', '0123456789'), ('8', 'test_resnet', '01234567')):
+        model = make(architecture, num_classes=len(classes), **dict(img_size=32) if name == 'vit32' else {})
+        size = dict(input_size=(3, 32, 32)) if name == 'vit32' else {}
+        config = timm.data.resolve_data_config(size, model=model)
         export_folder(model, root / name, describe_run(model, config, list(classes)))
     return root
 
@@ -311,6 +320,11 @@ def test_distillation_through_the_script(digits, teachers, tmp_path):
       '--kd-teacher-feature-dim', 7], 'the teacher has 96 features, what the student is projected to 7'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/same', '--kd-distill-type', 'feature',
       '--kd-student-feature-dim', 7], '--kd-student-feature-dim 7 is not the number of features'),
+    (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/8'], 'is for 8 classes'),
+    (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/same', '--in-chans', 1],
+     'has a normalisation for 3 channels, the images have 1'),
+    (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/vit32', '--train-img-sizes', 16, 32],
+     'does not take images of 3 x 16 x 16'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/same', '--kd-distill-type', 'token'],
      "does not have 'set_distilled_training'"),
     (['--model', 'netaug_mcunet', '--device', 'cuda'], 'use --device cpu'),
@@ -418,3 +432,23 @@ def test_resume_with_another_training(run_dir, digits):
                        (['--netaug', '--opt', 'adamw'], 'was trained with --opt sgd')):
         done = run_python(*args, '--epochs', 3, '--drop', 0.0, *argv, check=False)
         assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_summary_keeps_its_columns(digits, tmp_path):
+    """Three updates in an epoch: the first one of the second epoch has no augmented pass."""
+    run_python('train.py', '--data-dir', digits, *SMALL, '-b', 400, '--model', 'test_efficientnet', '--netaug',
+               '--netaug-every', 2, '--netaug-distill', 0.1, '--epochs', 3, '--output', tmp_path, '--experiment', 'run')
+    rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
+    assert list(rows[0]) == ['epoch', 'train_loss', 'train_tiny_loss', 'train_aug_loss', 'train_distill_loss',
+                             'train_top1', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
+    for r in rows:
+        assert float(r['train_top1']) > 5
+        assert 1 < float(r['train_aug_loss']) < 3.5 and 0 < float(r['train_distill_loss']) < 2
+
+
+def test_names_of_a_teacher_with_fewer_classes(digits, teachers):
+    """The same names as far as they go are not the same classes."""
+    args = parse_args(train_parser(), ['--data-dir', str(digits), '--num-classes', '10', '--kd-model-name',
+                                       f'local-dir:{teachers}/same'])
+    with pytest.raises(UserError, match='10 names, here 8'):
+        build.set_up_teacher(args, dict(input_size=(3, 32, 32)), list('01234567'), torch.device('cpu'), torch.float32)

@@ -297,3 +297,15 @@ def test_ema_is_sorted_with_the_weights():
                 moved += 1
         assert torch.equal(ema.state_dict()[name], want), name
     assert moved > 20
+
+
+def test_second_order_through_checkpoints():
+    """The repeated forward pass can be made more than once: for an optimizer of second order, say."""
+    task = make_task()
+    task.supernet.set_grad_checkpointing()
+    loss = task(images(), labels())['loss']
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in task.supernet.parameters()]
+    loss.backward()
+    for first, p in zip(once, task.supernet.parameters()):
+        torch.testing.assert_close(p.grad, 2 * first)

@@ -55,13 +55,26 @@ class AtomicSaver(CheckpointSaver):
         try:
             super()._save(save_path, epoch, metric)
             _flush(save_path)
-        except (OSError, RuntimeError) as e:  # torch.save makes the latter of a full disk
+        except (OSError, RuntimeError) as e:
             if os.path.exists(save_path):
                 os.remove(save_path)
-            last = os.path.join(self.checkpoint_dir, f'last{self.extension}')
-            again = f'go on with --resume {last}' if os.path.exists(last) else 'start again'
-            raise UserError(f'{save_path} can not be written ({first_line(e)}): make room on the disk, and {again}. The'
-                            f' files of the epochs before are whole.') from e
+            if isinstance(e, RuntimeError) and 'inline_container' not in str(e) and 'StreamWriter' not in str(e):
+                raise  # not what torch.save makes of a full disk
+            raise self.full(e, save_path) from e
+
+    def full(self, error: Exception, path: Optional[str] = None) -> UserError:
+        """Return the sentence for a file that can not be written."""
+        path = path or getattr(error, 'filename', None) or self.checkpoint_dir
+        last = os.path.join(self.checkpoint_dir, f'last{self.extension}')
+        again = f'go on with --resume {last}' if os.path.exists(last) else 'start again'
+        return UserError(f'{path} can not be written ({first_line(error)}): make room on the disk, and {again}. The'
+                         f' files of the epochs before are whole.')
+
+    def save_recovery(self, epoch, batch_idx=0):
+        """Save in mid-epoch, if there is anything to go on with."""
+        if self.task is not None:
+            check_finite(self.task.get_checkpoint_state()['state_dict'], 'What has been trained')
+        super().save_recovery(epoch, batch_idx)
 
     def _replace(self, src, dst):
         if os.path.basename(dst) == f'last{self.extension}':

@@ -47,7 +47,8 @@ class NetAugTask(ClassificationTask):
         model: A super-network, made by `augment`.
         criterion: Loss function. Created from criterion_kwargs when None.
         criterion_kwargs: Arguments for timm's create_classification_loss() when criterion is None.
-        teacher: Runs once a step, and both sub-networks learn from its logits as in timm's LogitDistillationTask.
+        teacher: A model, or timm's wrapper of one. Runs once a step, and both sub-networks learn from its logits, as in
+            timm's LogitDistillationTask.
         task_loss_weight: Weight of the criterion, where there is a teacher.
         distill_loss_weight: Weight of the distillation loss. None for both: 1 and 1; for this one: 1 - the other.
         temperature: Of both kinds of distillation, the teacher's and `NetAugConfig.distill`.
@@ -65,7 +66,7 @@ class NetAugTask(ClassificationTask):
             model: SuperNet,
             criterion: Optional[Union[nn.Module, Callable]] = None,
             criterion_kwargs: Optional[Dict[str, Any]] = None,
-            teacher: Optional[DistillationTeacher] = None,
+            teacher: Optional[nn.Module] = None,
             task_loss_weight: Optional[float] = None,
             distill_loss_weight: Optional[float] = None,
             temperature: float = 4.0,
@@ -78,12 +79,14 @@ class NetAugTask(ClassificationTask):
         if not isinstance(supernet, SuperNet):
             raise ValueError(f'NetAugTask trains a super-network, got {type(model).__name__}: augment() it first.')
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
-        self.teacher = teacher
         if distill_loss_weight is None:
             distill_loss_weight = 1.0 if task_loss_weight is None else 1.0 - task_loss_weight
         self.task_loss_weight = 1.0 if task_loss_weight is None else task_loss_weight
         self.distill_loss_weight = distill_loss_weight
         self.temperature = temperature
+        if teacher is not None and not isinstance(teacher, DistillationTeacher):
+            teacher = DistillationTeacher(teacher, device=self.device, dtype=self.dtype)
+        self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False)
             for name in ('mean', 'std'):  # of the input, as timm's tasks with a teacher have them
@@ -164,7 +167,7 @@ class NetAugTask(ClassificationTask):
         Returns:
             'loss' (the sum, to call `backward` on), 'tiny_loss', and 'output', the tiny model's logits; in a step with
             an augmented sub-network 'aug_loss', and 'distill_loss' where the tiny model learns from it; with a teacher
-            'kd_loss', the part of 'tiny_loss' that it has.
+            'kd_loss', its part in 'tiny_loss' before it is weighted.
         """
         supernet, config = self.supernet, self.supernet.netaug_config
         step, self._step = self._step, self._step + self._counting

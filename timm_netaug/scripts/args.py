@@ -67,7 +67,7 @@ def _add_input(group) -> None:
 
 def _add_compute(group) -> None:
     _switch(group, '--channels-last', help='channels-last memory format')
-    _flag(group, '--fuser', type=str, default='', help="TorchScript fuser: '', 'te', 'old', 'nvfuser'")
+    _flag(group, '--fuser', type=str, default='', help="TorchScript fuser: '', 'te', 'old'")
     _switch(group, '--fast-norm', help='norm layers in the low precision of the mixed-precision mode')
     _flag(group, '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
           help="arguments of the model's constructor")
@@ -272,16 +272,21 @@ def train_parser() -> argparse.ArgumentParser:
     _switch(group, '--naflex-patchify-channels-first', help='channels first within a patch')
 
     group = parser.add_argument_group('Knowledge distillation')
-    _flag(group, '--kd-model-name', type=str, metavar='NAME', help='teacher')
+    _flag(group, '--kd-model-name', type=str, metavar='NAME',
+          help='learn from this teacher: timm name with weights, local-dir:DIR, hf-hub:OWNER/NAME')
     _flag(group, '--kd-distill-type', type=str, default='logit', choices=['logit', 'feature', 'token'],
-          help='from what')
-    _flag(group, '--kd-loss-type', type=str, default='kl', metavar='NAME', help='loss')
-    _flag(group, '--distill-loss-weight', type=float, metavar='W', help='its weight')
-    _flag(group, '--task-loss-weight', type=float, metavar='W', help="the labels' weight")
-    _flag(group, '--kd-temperature', type=float, default=4.0, metavar='T', help='temperature')
-    _flag(group, '--kd-student-feature-dim', type=int, metavar='N', help="student's features")
-    _flag(group, '--kd-teacher-feature-dim', type=int, metavar='N', help="teacher's features")
-    _flag(group, '--kd-token-distill-type', type=str, default='soft', choices=['soft', 'hard'], help='token targets')
+          help='learn from its logits, its features, or by a token')
+    _flag(group, '--kd-loss-type', type=str, default='kl', metavar='NAME',
+          help='loss against its logits; there is kl alone')
+    _flag(group, '--distill-loss-weight', type=float, metavar='W', help="weight of the teacher's loss")
+    _flag(group, '--task-loss-weight', type=float, metavar='W',
+          help="weight of the labels' loss; without the other flag, the teacher's is 1 less it")
+    _flag(group, '--kd-temperature', type=float, default=4.0, metavar='T', help='temperature of the softened classes')
+    _flag(group, '--kd-student-feature-dim', type=int, metavar='N',
+          help="number of the student's features; found out where not given")
+    _flag(group, '--kd-teacher-feature-dim', type=int, metavar='N', help="number of the teacher's features, likewise")
+    _flag(group, '--kd-token-distill-type', type=str, default='soft', choices=['soft', 'hard'],
+          help="targets of the distillation token: the teacher's softened classes, or its choice")
     return parser
 
 
@@ -462,7 +467,16 @@ _REFUSED_WITH_NETAUG = {
     'split_bn': 'its BatchNorms are not elastic; --aug-splits goes without it',
     'torchscript': 'sampled widths are not static; there is --torchcompile',
     'fuser': 'it is for TorchScript alone',
+    'fast_norm': 'it is for LayerNorm and GroupNorm, which these models do not have',
 }
+_NOT_TOGETHER = (
+    ('torchscript', 'torchcompile', 'they are two compilers'),
+    ('torchscript', 'grad_checkpointing', 'a scripted model does not checkpoint'),
+    ('torchscript', 'sync_bn', 'a scripted model can not synchronise'),
+    ('torchscript', 'kd_model_name', 'distillation needs the model as it is'),
+    ('sync_bn', 'split_bn', 'the split norms would be lost'),
+    ('netaug_batch_fraction', 'resplit', 'the first part of the batch is not erased'),
+)
 # Flag -> the one without which it does nothing.
 _NEEDS = {
     'model_ema_force_cpu': 'model_ema', 'model_ema_warmup': 'model_ema', 'model_ema_decay': 'model_ema',
@@ -538,8 +552,6 @@ def _check_distillation(parser: argparse.ArgumentParser, args: argparse.Namespac
                          ('kd_token_distill_type', 'token')):
         if getattr(args, dest) != parser.get_default(dest) and kind != wanted:
             raise UserError(f'--{dest.replace("_", "-")} does nothing without --kd-distill-type {wanted}.')
-    if args.kd_model_name and args.aug_splits:
-        raise UserError('--aug-splits and --kd-model-name do not go together: leave one of the two out.')
 
 
 def _check_train_sizes(args: argparse.Namespace) -> None:
@@ -577,8 +589,12 @@ def check_train_args(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         raise UserError('--amp needs float32 weights: leave --model-dtype out.')
     if args.drop_path is not None and args.drop_connect is not None:
         raise UserError('--drop-connect is the old name of --drop-path: leave it out.')
-    if args.torchscript and args.torchcompile:
-        raise UserError('--torchscript and --torchcompile do not go together: leave one of the two out.')
+    for one, other, why in _NOT_TOGETHER:
+        if getattr(args, one) and getattr(args, other):
+            raise UserError(f'--{one.replace("_", "-")} and --{other.replace("_", "-")} do not go together: {why}.')
+    if args.netaug and args.torchcompile and args.grad_checkpointing:
+        raise UserError('--torchcompile and --grad-checkpointing do not go together with --netaug: compiled code can'
+                        ' not bring back the widths of the forward pass. Leave one of the two out.')
     if args.jsd_loss and args.aug_splits < 2:
         raise UserError('--jsd-loss needs --aug-splits of at least 2.')
     if args.jsd_loss and args.bce_loss:

@@ -52,6 +52,7 @@ def set_up_model(args) -> nn.Module:
         model = create_model(
             pretrained=pretrained,
             checkpoint_path=args.initial_checkpoint or None,
+            scriptable=args.torchscript,
             **resolve_model_input_args(
                 args.model,
                 vars(args),
@@ -142,25 +143,32 @@ def set_up_teacher(
         return None
     check_model_name(name)
     try:
-        model = create_model(local_name(name), pretrained=True)
+        model = create_model(local_name(name), pretrained=True, in_chans=data_config['input_size'][0])
     except (FileNotFoundError, RuntimeError, ValueError, TypeError, KeyError) as e:
         raise UserError(f'--kd-model-name: {name} can not be loaded: {first_line(e)[:300]}.') from e
     check_finite(model.state_dict(), f'--kd-model-name: {name}')
-    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    names = cfg.get('label_names')
+    channels = data_config['input_size'][0]
+    if len(cfg.get('mean', ())) not in (0, channels):
+        raise UserError(f'--kd-model-name: {name} has a normalisation for {len(cfg["mean"])} channels, the images have'
+                        f' {channels}: train the teacher on such images first.')
     if model.num_classes != args.num_classes:
         raise UserError(f'--kd-model-name: {name} is for {model.num_classes} classes, the student for'
                         f' {args.num_classes}: train the teacher on this data set first, export it, and name it as'
                         f' local-dir:OUT_DIR.')
     if names and class_names and list(names) != list(class_names):
-        odd = next((a, b) for a, b in zip(names, class_names) if a != b)
-        raise UserError(f'--kd-model-name: {name} has other classes than the data set ({odd[0]}, here {odd[1]}).')
+        odd = next((pair for pair in zip(names, class_names) if pair[0] != pair[1]), None)
+        told = f'{odd[0]}, here {odd[1]}' if odd else f'{len(names)} names, here {len(class_names)}'
+        raise UserError(f'--kd-model-name: {name} has other classes than the data set ({told}).')
     model = model.to(device=device, dtype=dtype).eval()
-    try:
-        with torch.inference_mode():
-            model(torch.zeros(1, *data_config['input_size'], device=device, dtype=dtype))
-    except (RuntimeError, AssertionError, ValueError) as e:
-        size = ' x '.join(map(str, data_config['input_size']))
-        raise UserError(f'--kd-model-name: {name} does not take images of {size}: {first_line(e)[:200]}.') from e
+    for size in [data_config['input_size'], *((channels, n, n) for n in args.train_img_sizes or ())]:
+        try:
+            with torch.inference_mode():
+                model(torch.zeros(1, *size, device=device, dtype=dtype))
+        except (RuntimeError, AssertionError, ValueError) as e:
+            told = ' x '.join(map(str, size))
+            raise UserError(f'--kd-model-name: {name} does not take images of {told}: {first_line(e)[:200]}.') from e
     return DistillationTeacher(model, device=device, dtype=dtype)
 
 
@@ -223,9 +231,12 @@ def set_up_task(
                 task = TokenDistillationTask(model, teacher, distill_type=args.kd_token_distill_type, **soft, **kwargs)
             else:
                 task = LogitDistillationTask(model, teacher, loss_type=args.kd_loss_type, **soft, **kwargs)
+        except UserError:
+            raise
         except (ValueError, AttributeError) as e:
             raise UserError(f'--kd-distill-type {args.kd_distill_type}: {first_line(e)}.') from e
     if teacher is not None:  # timm takes them from the registered model; these are what the images really have
         for name in ('mean', 'std'):
-            getattr(task, f'student_{name}').copy_(torch.tensor(data_config[name]).view(1, -1, 1, 1))
+            value = torch.tensor(data_config[name], device=device, dtype=dtype).view(1, -1, 1, 1)
+            task.register_buffer(f'student_{name}', value, persistent=False)
     return task

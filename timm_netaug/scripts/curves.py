@@ -17,6 +17,7 @@ _LOSSES = {
     'train_loss': ('training', '#0072B2', '-', 'o'),
     'train_tiny_loss': ('training, tiny network', '#56B4E9', '--', '^'),
     'train_aug_loss': ('training, augmented network', '#CC79A7', ':', 'v'),
+    'train_distill_loss': ('training, tiny network against augmented', '#E69F00', ':', 'x'),
     'eval_loss': ('validation', '#D55E00', '-', 's'),
 }
 _ACCURACIES = {
@@ -76,7 +77,7 @@ def write_curves(summary: str, out: str, metric: str = 'eval_top1', decreasing: 
             if column not in columns:
                 continue
             if column == 'train_loss' and 'train_aug_loss' in columns:
-                label = 'training, weighted sum of the two below'
+                label = 'training, weighted sum'
             epochs, values = zip(*columns[column])
             # Markers show where a value stands alone; in long runs they would hide the line.
             axes.plot(epochs, values, line, color=color, marker=marker if len(values) <= 30 else '', markersize=4,

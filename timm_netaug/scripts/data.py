@@ -5,6 +5,7 @@ import os
 import tempfile
 from typing import Any, Iterator, List, Optional
 
+from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers import get_img_extensions
 
@@ -43,14 +44,24 @@ class WatchedImages(ImageDataset):
     def __getitem__(self, index: int) -> Any:
         for _ in range(self.limit + 1):
             try:
-                return super().__getitem__(index)
-            except RuntimeError as e:
-                if not str(e).startswith('Failed to load'):
-                    raise
-            with open(self.notes, 'a', encoding='utf-8') as f:
-                f.write(f'{self.filename(index, absolute=True)}\n')
-            index = (index + 1) % len(self)
-        raise RuntimeError(f'{self.limit + 1} images in a row can not be read.')
+                image, *rest = self._read(index)
+                break
+            # timm makes the first of an OSError; Pillow raises the others for some kinds of damage.
+            except (RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError):
+                with open(self.notes, 'a', encoding='utf-8', errors='surrogateescape') as f:
+                    f.write(f'{self.filename(index, absolute=True)}\n')
+                index = (index + 1) % len(self)
+        else:
+            raise RuntimeError(f'{self.limit + 1} images in a row can not be read.')
+        return (image if self.transform is None else self.transform(image), *rest)
+
+    def _read(self, index: int) -> Any:
+        """Read a sample without transforming it: what a transform raises is another matter."""
+        transform, self.transform = self.transform, None
+        try:
+            return super().__getitem__(index)
+        finally:
+            self.transform = transform
 
     def check(self) -> None:
         """Warn of unreadable images that were found since the last call.
@@ -58,9 +69,9 @@ class WatchedImages(ImageDataset):
         Raises:
             UserError: There are more than a hundredth of all, and more than ten.
         """
-        if os.path.getsize(self.notes) == self.read_notes:
+        if not os.path.exists(self.notes) or os.path.getsize(self.notes) == self.read_notes:
             return
-        with open(self.notes, encoding='utf-8') as f:
+        with open(self.notes, encoding='utf-8', errors='surrogateescape') as f:
             f.seek(self.read_notes)
             new = set(f.read().splitlines()) - self.unreadable
             self.read_notes = f.tell()
@@ -93,8 +104,10 @@ def watched(loader: Any) -> Iterator[Any]:
         for batch in loader:
             check()
             yield batch
-    except RuntimeError:  # of a loader's process, which has noted what it was about
+    except RuntimeError as e:  # of a loader's process, which has noted what it was about
         check()
+        if 'images in a row can not be read' in str(e):
+            raise UserError(f'No image can be read ({", ".join(sorted(dataset.unreadable)[:5])}): mend them.') from e
         raise
 
 

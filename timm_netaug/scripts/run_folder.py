@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import numpy as np
+import PIL
 import timm
 import torch
 import torchvision
@@ -41,6 +43,8 @@ def versions() -> Dict[str, str]:
         torchvision=str(torchvision.__version__),
         timm=timm.__version__,
         timm_netaug=timm_netaug.__version__,
+        numpy=np.__version__,
+        pillow=PIL.__version__,
     )
 
 
@@ -54,12 +58,16 @@ def find_restart(args) -> None:
     Raises:
         UserError: They could not find it.
     """
-    if int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) and not args.experiment:
+    allowed = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
+    if allowed and int(os.environ.get('GROUP_WORLD_SIZE', 1)) > 1:
+        raise UserError('torchrun --max-restarts works on one machine: several would not agree on where to go on.'
+                        ' Leave it out, and go on by --resume.')
+    if allowed and not args.experiment:
         raise UserError('torchrun --max-restarts needs --experiment: the name of the folder in which processes that'
                         ' are started anew find the last checkpoint.')
     last = os.path.join(_run_folder(args), 'last.pth.tar')
     if restarts() and os.path.exists(last):
-        args.resume = last
+        args.resume, args.no_resume_opt = last, False
 
 
 def check_resume(args, parser, run: Dict[str, Any]) -> List[Optional[float]]:
@@ -84,7 +92,7 @@ def check_resume(args, parser, run: Dict[str, Any]) -> List[Optional[float]]:
         raise UserError(f'--resume: {args.resume} was trained with --opt {saved.opt}: take the same, or start the'
                         f' optimizer anew with --no-resume-opt.')
     then, now = there.get('versions', {}), run['versions']
-    changed = [f'{k} {then[k]}, not {now[k]}' for k in then if then[k] != now[k]]
+    changed = [f'{k} {then[k]}, not {now.get(k)}' for k in then if then[k] != now.get(k)]
     if is_primary(args) and changed:
         _logger.warning(f'The checkpoint was written with {", ".join(changed)}: the last bits may differ.')
     changed = [a.dest for a in parser._actions if a.dest not in (*FREE_FLAGS, 'help', 'num_classes')

@@ -5,6 +5,8 @@ from typing import Any, Optional
 
 __all__ = ['Stopped', 'StopSignals']
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Stopped(Exception):
     """A signal has asked for the end of the run."""
@@ -20,7 +22,7 @@ class StopSignals:
 
     def __enter__(self) -> 'StopSignals':
         self._process = os.getpid()
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -33,7 +35,11 @@ class StopSignals:
                 os._exit(128 + number)
             return
         self.number = number
-        signal.signal(number, signal.SIG_DFL)
+        for other in _SIGNALS:
+            signal.signal(other, signal.SIG_DFL)
+        # Where the loader's processes got the signal too, PyTorch would raise in the middle of anything.
+        if hasattr(signal, 'SIGCHLD'):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def check(self) -> None:
         """Raise `Stopped` if a signal has come."""

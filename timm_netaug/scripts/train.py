@@ -12,9 +12,9 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Dict, List, NoReturn, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NoReturn, Optional, Tuple
 
 import numpy as np
 import torch
@@ -46,9 +46,13 @@ from .device import choose_device, join_processes, mixed_precision
 from .evaluate import evaluate, progress_bar
 from .loaders import set_up_loaders
 from .run_folder import OF_FLAGS, check_resume, find_restart, set_up_saver, versions
-from .signals import StopSignals
+from .signals import Stopped, StopSignals
 
 _logger = logging.getLogger('train')
+
+
+# Of timm's tasks and ours, in the order of the summary.
+_LOSSES = ('loss', 'tiny_loss', 'task_loss', 'kd_loss', 'aug_loss', 'distill_loss')
 
 
 def set_up_device(args) -> torch.device:
@@ -72,6 +76,14 @@ def set_up_lr(args) -> None:
     args.lr = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
     if is_primary(args):
         _logger.info(f'Learning rate {args.lr:g}: {args.lr_base:g} x {images} / {args.lr_base_size} images ({scale}).')
+
+
+@contextmanager
+def _sortable() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as e:
+        raise UserError(f'{e} On the command line that is --netaug-no-sort.') from e
 
 
 def start_of_epoch_seed(seed: int, epoch: int) -> int:
@@ -165,11 +177,9 @@ def train_one_epoch(
         pending.append((values, input.shape[0]))
         if update:
             num_updates += 1
-            if args.netaug and num_updates == epoch * updates_per_epoch + 1:
-                try:
+            if args.netaug and num_updates <= epoch * updates_per_epoch + 20:  # a scaler may skip the first ones
+                with _sortable():
                     task.check_optimizer(optimizer)
-                except ValueError as e:
-                    raise UserError(f'{e} On the command line that is --netaug-no-sort.') from e
             optimizer.zero_grad()
             task.update_ema(step=num_updates)
         if args.synchronize_step and device.type == 'cuda':
@@ -203,7 +213,9 @@ def train_one_epoch(
             stop.check()
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
-    return {key: meter.avg for key, meter in meters.items()}
+    # The summary's columns are those of its first row: in one order, and there in every epoch.
+    top1 = meters.pop('top1').avg if 'top1' in meters else ''
+    return {**{key: meters[key].avg for key in sorted(meters, key=_LOSSES.index)}, 'top1': top1}
 
 
 def validate_epoch(args, task: TrainingTask, loader, evaluate_) -> Dict[str, float]:
@@ -229,14 +241,17 @@ def write_epoch(args, epoch: int, train_metrics, metrics, task: TrainingTask, op
     saver.save_checkpoint(epoch, metric=metrics.get(args.eval_metric))
     _logger.info(f'Epoch {epoch}: ' + '  '.join(
         f'{split}_{k} {v:.4g}'
-        for split, values in (('train', train_metrics), ('eval', metrics)) for k, v in values.items()))
+        for split, values in (('train', train_metrics), ('eval', metrics)) for k, v in values.items() if v != ''))
 
 
 def stopped(epoch: int, saver, number: int) -> NoReturn:
     """End the run that a signal has stopped, with all that has been trained in a file."""
     name = signal.Signals(number).name
     if saver is not None:
-        saver.save_recovery(epoch, batch_idx=name)
+        try:
+            saver.save_recovery(epoch, batch_idx=name)
+        except UserError as e:
+            sys.exit(f'train.py: stopped by {name} in epoch {epoch}, and nothing was saved of it. {e}')
         last = os.path.join(saver.checkpoint_dir, 'last.pth.tar')
         again = f'with --resume {last}' if os.path.exists(last) else 'by the same command'
         _logger.warning(f'Stopped by {name} in epoch {epoch}. Go on {again}, which does this epoch again, exactly; or'
@@ -416,7 +431,8 @@ def train() -> None:
                 # From seed, rank and its own number, so that a resumed run draws as an undisturbed one.
                 random_seed(start_of_epoch_seed(args.seed, epoch), args.rank)
                 if args.netaug:
-                    task.start_epoch(epoch, num_epochs, optimizer)
+                    with _sortable():
+                        task.start_epoch(epoch, num_epochs, optimizer)
                 train_metrics = train_epoch(epoch)
                 if args.distributed and args.dist_bn:
                     for ema in (False, True) if task.has_ema() and not args.model_ema_force_cpu else (False,):
@@ -427,10 +443,14 @@ def train() -> None:
                 history.append(metrics.get(args.eval_metric, history[-1] if history else None))  # the last one measured
                 run['metrics'] = history
                 if primary:
-                    write_epoch(args, epoch, train_metrics, metrics, task, optimizer, saver)
+                    try:
+                        write_epoch(args, epoch, train_metrics, metrics, task, optimizer, saver)
+                    except OSError as e:
+                        raise saver.full(e) from e
                 if lr_scheduler is not None:
                     lr_scheduler.step(epoch + 1, history[-1])
-        except Exception:  # of `check`, or of a process that the others have left
+        except (Stopped, RuntimeError):  # the latter of a process that the others, or those of the loader, have left
+            time.sleep(0.1)  # theirs may have come first
             if stop.number is None:
                 raise
             stopped(epoch, saver, stop.number)
