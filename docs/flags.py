@@ -191,6 +191,8 @@ ROWS: List[Tuple[str, str, str]] = [
     ('', '--tta 2', SAME),
     ('', '--naflex-loader', CHANGES),
 ]
+# Flags that NetAug has switched on, as these runs are.
+ALWAYS = {'--channels-last': 'on a CPU it is always on'}
 # Flags that say where, on what, or from where; and those that are refused as their group is.
 ELSEWHERE = {
     'config', 'data', 'data_dir', 'dataset', 'dataset_download', 'class_map', 'input_img_mode', 'input_key',
@@ -320,7 +322,9 @@ def cell(before: str, flag: str, effect: str, root: Path, known: Dict[str, Outco
         known[before] = run(before, root)
     if effect == SAME:
         return 'works' if with_flag.seen == known[before].seen else SPOILED
-    return 'works' if with_flag.seen[effect] != known[before].seen[effect] else IGNORED
+    if with_flag.seen[effect] != known[before].seen[effect]:
+        return 'works'
+    return f'works: {ALWAYS[flag]}' if NETAUG in before and flag in ALWAYS else IGNORED
 
 
 def title(before: str, flag: str) -> str:

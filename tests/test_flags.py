@@ -41,3 +41,8 @@ def test_every_flag_is_in_the_table():
     assert len(there) > 130 and not there & flags.ELSEWHERE
     assert {a.dest for a in parser._actions} - {'help'} == there | flags.ELSEWHERE
     assert len([line for line in PAGE.splitlines() if line.startswith('| `')]) == len(flags.ROWS)
+
+
+def test_netaug_trains_in_channels_last_on_a_cpu(root):
+    formats = {flag: flags.run(flag, root).seen['layout'].split()[0] for flag in ('', flags.NETAUG, '--channels-last')}
+    assert formats == {'': 'True', flags.NETAUG: 'False', '--channels-last': 'False'}  # contiguous or not

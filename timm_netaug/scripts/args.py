@@ -66,7 +66,7 @@ def _add_input(group) -> None:
 
 
 def _add_compute(group) -> None:
-    _switch(group, '--channels-last', help='channels-last memory format')
+    _switch(group, '--channels-last', help='channels-last memory format; always with --netaug on a CPU')
     _flag(group, '--fuser', type=str, default='', help="TorchScript fuser: '', 'te', 'old'")
     _switch(group, '--fast-norm', help='norm layers in the low precision of the mixed-precision mode')
     _flag(group, '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',

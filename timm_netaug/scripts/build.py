@@ -22,6 +22,7 @@ import timm_netaug
 from ..checkpoint import check_finite, classes_in_file
 from ..errors import UserError, check_model_name, first_line
 from ..fetch import local_name
+from .device import uses_channels_last
 
 __all__ = ['set_up_model', 'set_up_task', 'set_up_teacher', 'to_train']
 
@@ -108,7 +109,7 @@ def to_train(args, model: nn.Module, config: Optional[timm_netaug.NetAugConfig],
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     model.to(device=device, dtype=dtype)
-    if args.channels_last:
+    if uses_channels_last(args):
         model.to(memory_format=torch.channels_last)
     if args.sync_bn and not args.distributed:
         _logger.warning('--sync-bn has nothing to synchronise in one process.')

@@ -42,7 +42,7 @@ from ..errors import UserError, told_plainly
 from .args import check_train_args, netaug_config, parse_args, train_parser
 from .build import set_up_model, set_up_task, set_up_teacher, to_train
 from .curves import write_curves
-from .device import choose_device, join_processes, mixed_precision
+from .device import choose_device, join_processes, mixed_precision, uses_channels_last
 from .evaluate import evaluate, progress_bar
 from .loaders import set_up_loaders
 from .run_folder import OF_FLAGS, check_resume, find_restart, set_up_saver, versions
@@ -140,7 +140,7 @@ def train_one_epoch(
             input, target = input.to(device=device, dtype=dtype), target.to(device=device)
             if mixup_fn is not None:
                 input, target = mixup_fn(input, target)
-        if args.channels_last:
+        if uses_channels_last(args):
             input = input.contiguous(memory_format=torch.channels_last)
 
         with nullcontext() if update else task.no_sync():
@@ -422,8 +422,9 @@ def train() -> None:
         autocast=autocast, loss_scaler=loss_scaler, lr_scheduler=lr_scheduler, mixup_fn=mixup_fn, saver=saver,
         updates_per_epoch=updates_per_epoch, stop=stop)
     evaluate_ = partial(
-        evaluate, loader=loader_eval, device=device, dtype=dtype, autocast=autocast, channels_last=args.channels_last,
-        log_interval=args.log_interval, distributed=args.distributed, primary=primary, after_batch=stop.check)
+        evaluate, loader=loader_eval, device=device, dtype=dtype, autocast=autocast,
+        channels_last=uses_channels_last(args), log_interval=args.log_interval, distributed=args.distributed,
+        primary=primary, after_batch=stop.check)
     epoch = start_epoch
     with stop:
         try:
