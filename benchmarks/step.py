@@ -40,7 +40,7 @@ class Contender:
         if kind == 'netaug':
             network = timm_netaug.augment(stock)
             network.init_weights()
-            task = timm_netaug.NetAugTask(network.to(device), **common)
+            task = timm_netaug.NetAugTask(network.to(device), early_backward=early, **common)
         elif kind == 'distillation':
             network = stock
             teacher = DistillationTeacher(timm.create_model(TEACHER).to(device), device=device)

@@ -1,6 +1,6 @@
 """One process of `tests/test_distributed.py`, started by torchrun: trains two steps on its shard and saves what it saw.
 
-Arguments: output folder, gradient accumulation steps.
+Arguments: output folder, gradient accumulation steps, 1 for an early backward pass of the tiny network.
 """
 import sys
 from pathlib import Path
@@ -46,6 +46,7 @@ def main() -> None:
     dist.init_process_group('gloo')
     rank, world = dist.get_rank(), dist.get_world_size()
     task = setup(rank).prepare_distributed()
+    task.early_backward = sys.argv[3] == '1'
     optimizer = torch.optim.SGD(task.parameters(), lr=0.01, momentum=0.9)
     widths, grads = [], []
     spy(task, widths)

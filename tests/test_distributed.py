@@ -27,9 +27,9 @@ def largest(a, b):
     return max(((a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1e-3)).item() for k in a)
 
 
-@pytest.mark.parametrize('processes, accum', [(2, 1), (3, 1), (2, 2)])
-def test_step(processes, accum, tmp_path):
-    torchrun(processes, ROOT / 'tests/distributed_worker.py', tmp_path, accum)
+@pytest.mark.parametrize('processes, accum, early', [(2, 1, 0), (2, 1, 1), (3, 1, 1), (2, 2, 1)])
+def test_step(processes, accum, early, tmp_path):
+    torchrun(processes, ROOT / 'tests/distributed_worker.py', tmp_path, accum, early)
     ranks = [torch.load(tmp_path / f'{r}.pt', weights_only=True) for r in range(processes)]
 
     # One process: a copy of the first rank's network for every shard, stepped with the mean of the gradients.

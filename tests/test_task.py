@@ -1,4 +1,7 @@
 """The task: the two losses, what it saves, and that its sub-network is a function of seed and step."""
+import gc
+import weakref
+
 import pytest
 import timm
 import torch
@@ -212,6 +215,57 @@ def test_part_of_the_batch():
     task.supernet.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     task(x, y)
     assert seen == [6, 2]
+
+
+@pytest.mark.parametrize('name', MODELS + OTHERS[:2])
+def test_early_backward(name):
+    """The tiny network's gradient, taken before the augmented pass, makes the same sums: to the last bit."""
+    states = []
+    for early in (False, True):
+        task = make_task(name, early_backward=early, seed=5)
+        optimizer = torch.optim.SGD(task.supernet.parameters(), lr=0.1, momentum=0.9)
+        for step in range(3):
+            loss = task(images(seed=step), labels())['loss']
+            if step == 1:
+                loss.backward(retain_graph=True)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        states.append({**task.supernet.state_dict(), 'loss': loss.detach()})
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_early_backward_where_it_can_not_be():
+    """Nothing is lost where the gradient is not to be taken ahead: by distillation, or of the second order."""
+    grads = []
+    for early in (False, True):
+        task = make_task(config=dict(distill=1.0), early_backward=early, seed=5)
+        task(images(), labels())['loss'].backward()
+        grads.append([p.grad for p in task.supernet.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    task = make_task(early_backward=True)
+    with pytest.raises(RuntimeError, match='without early_backward'):
+        task(images(), labels())['loss'].backward(create_graph=True)
+
+
+def test_early_backward_frees_activations():
+    """When the augmented pass begins, the tiny pass keeps nothing but its logits."""
+    kept = {}
+    for early in (False, True):
+        task = make_task(early_backward=early)
+        alive = weakref.WeakSet()
+        task.supernet.bn1.register_forward_hook(lambda module, args, output: alive.add(output.untyped_storage()))
+        active = task.supernet.active
+
+        def spy(widths):
+            gc.collect()
+            kept[early] = len(alive)
+            return active(widths)
+
+        task.supernet.active = spy
+        task(images(), labels())
+    assert kept == {False: 1, True: 0}
 
 
 def test_every_nth_step():

@@ -35,6 +35,23 @@ def distillation_loss(output: torch.Tensor, teacher_output: torch.Tensor, temper
     return F.kl_div(log_p, log_q, reduction='batchmean', log_target=True) * temperature ** 2
 
 
+class _KnownGradient(torch.autograd.Function):
+    """A loss whose gradient has been computed already: what led to it is out of memory, and its backward pass hands
+    the parameters their gradients, times that of the loss. So whoever watches them (DistributedDataParallel, say) sees
+    them arrive as ever."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, grads: Tuple[Optional[torch.Tensor], ...], *parameters: torch.Tensor):
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError('A gradient of second order needs a NetAugTask without early_backward.')
+        return (None, None, *(None if g is None else g * grad for g in ctx.grads))
+
+
 class NetAugTask(ClassificationTask):
     """Classification with NetAug, as a `timm.task.TrainingTask`.
 
@@ -53,6 +70,10 @@ class NetAugTask(ClassificationTask):
         distill_loss_weight: Weight of the distillation loss. None for both: 1 and 1; for this one: 1 - the other.
         temperature: Of both kinds of distillation, the teacher's and `NetAugConfig.distill`.
         seed: The sub-network of a step is a function of it and of the step's number, the same on all ranks.
+        early_backward: Take the gradient of the tiny network's loss before the augmented pass, so that the activations
+            of one pass at a time are in memory. It reaches the parameters in `backward` all the same, but 'output'
+            leads nowhere then. Not done with `NetAugConfig.distill`, nor under float16 autocast, where the loss has to
+            be scaled first. Optimizers of second order need False.
         device: Device for task tensors/buffers
         dtype: Dtype for task tensors/buffers
         verbose: Enable info logging
@@ -71,6 +92,7 @@ class NetAugTask(ClassificationTask):
             distill_loss_weight: Optional[float] = None,
             temperature: float = 4.0,
             seed: int = 42,
+            early_backward: bool = False,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
@@ -93,6 +115,7 @@ class NetAugTask(ClassificationTask):
                 value = torch.tensor(supernet.pretrained_cfg[name], device=self.device, dtype=self.dtype)
                 self.register_buffer(f'student_{name}', value.view(1, -1, 1, 1), persistent=False)
         self.seed = seed
+        self.early_backward = early_backward
         self.expand_only = False
         self._step = 0
         self._counting = True
@@ -183,6 +206,7 @@ class NetAugTask(ClassificationTask):
         loss, parts = self._loss(output, target, teacher_output)
         result = dict(output=output, tiny_loss=loss.detach(), **parts)
         if step % config.every == 0:
+            loss = self._early(loss, input)
             images = min(len(input), max(2, round(config.batch_fraction * len(input))))  # BatchNorm may need two
             with supernet.sampled(step_generator(self.seed, step), self.expand_only):
                 # Past DistributedDataParallel: its hooks stand at the parameters, where the gradients of both passes
@@ -198,6 +222,19 @@ class NetAugTask(ClassificationTask):
                 result['distill_loss'] = distill_loss.detach()
                 loss = loss + config.every * config.distill * distill_loss
         return dict(loss=loss, **result)
+
+    def _early(self, loss: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        """Return the tiny network's loss with its gradient computed, where that may be done ahead of `backward`."""
+        half = torch.is_autocast_enabled(input.device.type) and (
+            torch.get_autocast_dtype(input.device.type) is torch.float16)
+        known = (
+            self.early_backward and loss.requires_grad and not self.supernet.netaug_config.distill and not half
+            and not input.requires_grad)
+        if not known:
+            return loss
+        parameters = [p for p in self.supernet.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return _KnownGradient.apply(loss.detach(), grads, *parameters)
 
     def _loss(self, output, target, teacher_output) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
         """Return the loss of one network's logits, and the teacher's part in it to be logged."""

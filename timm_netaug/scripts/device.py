@@ -1,6 +1,8 @@
 """The device and the precision that `train.py` and `validate.py` compute with."""
+import ctypes
 import logging
 import os
+import sys
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Callable, Iterator
@@ -11,7 +13,9 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from ..errors import UserError
 
-__all__ = ['choose_device', 'join_processes', 'mixed_precision', 'restarts', 'uses_channels_last']
+__all__ = ['choose_device', 'join_processes', 'keep_memory', 'mixed_precision', 'restarts', 'uses_channels_last']
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def choose_device(args: Any, logger: logging.Logger) -> None:
@@ -28,6 +32,22 @@ def choose_device(args: Any, logger: logging.Logger) -> None:
     if args.device.startswith('cuda'):
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+
+
+def keep_memory() -> None:
+    """Let the C library keep freed memory for the next tensors of this process (on Linux with glibc, else nothing).
+
+    By itself it hands tensors of 32 MiB and more back at once, and the system clears their pages anew for each: up to
+    nine tenths of the time of BatchNorm and ReLU of a wide sub-network (docs/performance.md).
+    """
+    if sys.platform != 'linux':
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def restarts() -> int:

@@ -42,7 +42,7 @@ from ..errors import UserError, told_plainly
 from .args import check_train_args, netaug_config, parse_args, train_parser
 from .build import set_up_model, set_up_task, set_up_teacher, to_train
 from .curves import write_curves
-from .device import choose_device, join_processes, mixed_precision, uses_channels_last
+from .device import choose_device, join_processes, keep_memory, mixed_precision, uses_channels_last
 from .evaluate import evaluate, progress_bar
 from .loaders import set_up_loaders
 from .run_folder import OF_FLAGS, check_resume, find_restart, set_up_saver, versions
@@ -58,6 +58,8 @@ _LOSSES = ('loss', 'tiny_loss', 'task_loss', 'kd_loss', 'aug_loss', 'distill_los
 def set_up_device(args) -> torch.device:
     """Choose the device and join the other processes."""
     choose_device(args, _logger)
+    if args.device.startswith('cpu'):
+        keep_memory()
     try:
         for name in args.device_modules or ():
             importlib.import_module(name)
@@ -381,6 +383,8 @@ def train() -> None:
     teacher = set_up_teacher(args, data_config, names, device, dtype)
     task = set_up_task(args, model, teacher, data_config, device, dtype)
     optimizer = set_up_optimizer(args, task)
+    if args.netaug:
+        task.early_backward = not getattr(optimizer, 'is_second_order', False)
     autocast, loss_scaler = mixed_precision(args, device), None
     if args.amp and device.type == 'cuda' and args.amp_dtype == 'float16':
         loss_scaler = NativeScaler(device=device.type)
