@@ -24,6 +24,7 @@ from timm.task import ClassificationTask, DistillationTeacher, LogitDistillation
 
 import timm_netaug
 from timm_netaug.costs import operators
+from timm_netaug.scripts.device import keep_memory
 from timm_netaug.task import step_generator
 
 TEACHER = 'mobilenetv2_100'
@@ -32,13 +33,21 @@ TEACHER = 'mobilenetv2_100'
 class Contender:
     """A task with its optimizer, and the layout of its tensors."""
 
-    def __init__(self, args: argparse.Namespace, model: str, kind: str, channels_last: bool):
+    def __init__(
+            self,
+            args: argparse.Namespace,
+            model: str,
+            kind: str,
+            channels_last: bool = True,
+            early: bool = True,
+            divisor: int = 1,
+    ):
         torch.manual_seed(0)
         stock = timm.create_model(model, num_classes=1000)
         device = torch.device(args.device)
         common = dict(criterion_kwargs=dict(smoothing=0.1), device=device, verbose=False)
         if kind == 'netaug':
-            network = timm_netaug.augment(stock)
+            network = timm_netaug.augment(stock, timm_netaug.NetAugConfig(divisor=divisor))
             network.init_weights()
             task = timm_netaug.NetAugTask(network.to(device), early_backward=early, **common)
         elif kind == 'distillation':
@@ -67,12 +76,13 @@ class Contender:
         self.optimizer.zero_grad()
 
 
-CONTENDERS = {  # name -> kind of task, channels-last
-    'plain': ('plain', False),
-    'plain, channels-last': ('plain', True),
-    'distillation': ('distillation', False),
-    'netaug': ('netaug', False),
-    'netaug, channels-last': ('netaug', True),
+CONTENDERS = {  # what train.py does by default on a CPU: 'plain', and 'netaug'
+    'plain': dict(kind='plain', channels_last=False),
+    'plain, channels-last': dict(kind='plain'),
+    'distillation, channels-last': dict(kind='distillation'),
+    'netaug, contiguous, one backward pass': dict(kind='netaug', channels_last=False, early=False),
+    'netaug': dict(kind='netaug'),
+    'netaug, divisor 8': dict(kind='netaug', divisor=8),
 }
 
 
@@ -87,7 +97,7 @@ def seconds(step: Callable[[], None], device: str) -> float:
 
 
 def _added_memory(args: argparse.Namespace, model: str, name: str, number: int, results) -> None:
-    contender = Contender(args, model, *CONTENDERS[name])
+    contender = Contender(args, model, **CONTENDERS[name])
     contender.step(number)  # what stays: momentum, and buffers of the libraries
     if args.device.startswith('cuda'):
         torch.cuda.reset_peak_memory_stats()
@@ -139,7 +149,7 @@ def macs_ratios(model: str, samples: int, img_size: int) -> List[float]:
 
 def measure(args: argparse.Namespace, model: str) -> Dict[str, dict]:
     """Time all contenders in turn, over the list of sub-networks."""
-    contenders = {name: Contender(args, model, *CONTENDERS[name]) for name in args.contenders}
+    contenders = {name: Contender(args, model, **CONTENDERS[name]) for name in args.contenders}
     times: Dict[str, List[float]] = {name: [] for name in contenders}
     for number in range(-args.warmup, args.samples):
         for name, contender in contenders.items():
@@ -167,7 +177,7 @@ def table(results: Dict[str, dict]) -> str:
     for model, result in results.items():
         plain = result['rows']['plain']
         for name, row in result['rows'].items():
-            macs = f'{result["mean_macs_ratio"]:.1f} x' if name.startswith('netaug') else ''
+            macs = f'{result["mean_macs_ratio"]:.1f} x' if name.startswith('netaug') and 'divisor' not in name else ''
             memory = '' if row['added_mib'] is None else (
                 f'{row["added_mib"]:,.0f} MiB, {row["added_mib"] / plain["added_mib"]:.1f} x')
             lines.append(f'| `{model}` | {name} | {1000 * row["seconds"]:,.0f} ms | {row["ratio"]:.2f}'
@@ -214,6 +224,7 @@ def main() -> None:
     parser.add_argument('--samples', type=int, default=12, help='sub-networks, and steps of each contender')
     parser.add_argument('--warmup', type=int, default=2, help='steps before')
     parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--no-keep-memory', action='store_true', help='malloc as it is without train.py')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--amp', action='store_true', help='bfloat16')
     parser.add_argument('--output', default='benchmarks/results/step', help='name without ending')
@@ -221,6 +232,8 @@ def main() -> None:
     if 'plain' not in args.contenders:
         parser.error('the unit is the plain step: add plain to --contenders')
     torch.set_num_threads(args.threads)
+    if args.device == 'cpu' and not args.no_keep_memory:
+        keep_memory()
     results = {model: measure(args, model) for model in args.models}
     os.makedirs(os.path.dirname(args.output) or '.', exist_ok=True)
     title = f'{args.img_size} px, batch {args.batch_size}; {machine(args)}'
