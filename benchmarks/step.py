@@ -2,6 +2,7 @@
 """Time a training step: plain, with NetAug, and with a teacher, in one run, as ratios to the plain step.
 
     python benchmarks/step.py --img-size 64 --batch-size 128 --output benchmarks/results/step-cpu-64
+    python benchmarks/step.py --device cuda --amp --batch-size 128 --img-size 144 --models netaug_mbv2_tiny --profile
 
 The contenders take turns, so that a machine that slows down slows them all; each NetAug step trains another one of a
 fixed list of sub-networks, drawn as in training. Reported are medians over the list, their quartiles, the mean MACs of
@@ -15,8 +16,10 @@ import os
 import platform
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Callable, Dict, List, Optional
+from unittest import mock
 
 import timm
 import torch
@@ -24,6 +27,7 @@ from timm.task import ClassificationTask, DistillationTeacher, LogitDistillation
 
 import timm_netaug
 from timm_netaug.costs import operators
+from timm_netaug.norm_act import FUSED
 from timm_netaug.scripts.device import keep_memory
 from timm_netaug.task import step_generator
 
@@ -40,6 +44,7 @@ class Contender:
             kind: str,
             channels_last: bool = True,
             early: bool = True,
+            fused: bool = True,
             divisor: int = 1,
     ):
         torch.manual_seed(0)
@@ -58,7 +63,7 @@ class Contender:
             network = stock
             task = ClassificationTask(network.to(device), **common)
         format = torch.channels_last if channels_last else torch.contiguous_format
-        self.task, self.kind = task.to(memory_format=format), kind
+        self.task, self.kind, self.fused = task.to(memory_format=format), kind, fused
         network.train()
         self.optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, nesterov=True)
         self.input = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
@@ -67,6 +72,10 @@ class Contender:
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
 
     def step(self, number: int) -> None:
+        with nullcontext() if self.fused else mock.patch.dict(FUSED, clear=True):
+            self._step(number)
+
+    def _step(self, number: int) -> None:
         if self.kind == 'netaug':
             self.task.start_update(number)
         with self.autocast:
@@ -80,7 +89,7 @@ CONTENDERS = {  # what train.py does by default on a CPU: 'plain', and 'netaug'
     'plain': dict(kind='plain', channels_last=False),
     'plain, channels-last': dict(kind='plain'),
     'distillation, channels-last': dict(kind='distillation'),
-    'netaug, contiguous, one backward pass': dict(kind='netaug', channels_last=False, early=False),
+    'netaug, as the layers of PyTorch have it': dict(kind='netaug', channels_last=False, early=False, fused=False),
     'netaug': dict(kind='netaug'),
     'netaug, divisor 8': dict(kind='netaug', divisor=8),
 }
@@ -171,6 +180,21 @@ def measure(args: argparse.Namespace, model: str) -> Dict[str, dict]:
     return dict(rows=rows, mean_macs_ratio=1 + statistics.mean(ratios))
 
 
+def profile(args: argparse.Namespace, model: str) -> None:
+    """Print where the time of each contender's steps goes."""
+    on_gpu = args.device.startswith('cuda')
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+    for name in args.contenders:
+        contender = Contender(args, model, **CONTENDERS[name])
+        for number in range(args.warmup):
+            contender.step(number)
+        with torch.profiler.profile(activities=activities) as profiler:
+            for number in range(args.samples):
+                contender.step(number)
+        print(f'\n{model}, {name}, {args.samples} steps\n' + profiler.key_averages().table(
+            sort_by=f'self_{"cuda" if on_gpu else "cpu"}_time_total', row_limit=20, max_name_column_width=50))
+
+
 def table(results: Dict[str, dict]) -> str:
     lines = ['| model | contender | median step | plain steps (quartiles) | mean | MACs | memory added |',
              '|---|---|---|---|---|---|---|']
@@ -224,6 +248,7 @@ def main() -> None:
     parser.add_argument('--samples', type=int, default=12, help='sub-networks, and steps of each contender')
     parser.add_argument('--warmup', type=int, default=2, help='steps before')
     parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--profile', action='store_true', help='print where the time goes instead')
     parser.add_argument('--no-keep-memory', action='store_true', help='malloc as it is without train.py')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--amp', action='store_true', help='bfloat16')
@@ -234,6 +259,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.device == 'cpu' and not args.no_keep_memory:
         keep_memory()
+    if args.profile:
+        for model in args.models:
+            profile(args, model)
+        return
     results = {model: measure(args, model) for model in args.models}
     os.makedirs(os.path.dirname(args.output) or '.', exist_ok=True)
     title = f'{args.img_size} px, batch {args.batch_size}; {machine(args)}'
