@@ -3,10 +3,10 @@ import logging
 from typing import Any, Dict, Tuple
 
 import torch
-from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
+from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader, create_transform
 from torch.utils.data import IterableDataset
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .data import check_split, class_names, open_dataset
 
 __all__ = ['set_up_loaders']
@@ -40,6 +40,13 @@ def set_up_loaders(args, data_config: Dict[str, Any], device: torch.device, dtyp
     if names and len(names) < args.num_classes:
         _logger.warning(f'The model has {args.num_classes} classes, the data set {len(names)}:'
                         f' --num-classes {len(names)} would make it smaller.')
+
+    if args.aa:
+        try:
+            create_transform(data_config['input_size'], is_training=True, auto_augment=args.aa)
+        except (AssertionError, ValueError, TypeError, KeyError) as e:
+            raise UserError(f'--aa {args.aa} is no policy of timm, as rand-m9-mstd0.5, augmix-m3 or v0 are'
+                            f' ({first_line(e)}).') from e
 
     collate_fn = mixup_fn = None
     if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:

@@ -38,7 +38,7 @@ from timm.utils import (
 )
 
 from ..checkpoint import describe_run
-from ..errors import UserError, told_plainly
+from ..errors import UserError, first_line, told_plainly
 from .args import check_train_args, netaug_config, parse_args, train_parser
 from .build import set_up_model, set_up_task, set_up_teacher, to_train
 from .curves import write_curves
@@ -266,7 +266,7 @@ def set_up_optimizer(args, task: TrainingTask) -> torch.optim.Optimizer:
     try:
         return create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     except (ValueError, TypeError, AssertionError) as e:
-        raise UserError(f'The optimizer {args.opt} can not be built: {e}') from e
+        raise UserError(f'--opt {args.opt} can not be built: {e}') from e
 
 
 def resume_training(args, task: TrainingTask, optimizer: torch.optim.Optimizer, loss_scaler) -> Optional[int]:
@@ -297,7 +297,7 @@ def set_up_schedule(args, optimizer: torch.optim.Optimizer, updates_per_epoch: i
             updates_per_epoch=updates_per_epoch,
         )
     except (ValueError, AssertionError) as e:
-        raise UserError(f'The schedule {args.sched} can not be built: {e}') from e
+        raise UserError(f'--sched {args.sched} can not be built: {e}') from e
     if lr_scheduler is not None and start_epoch > 0:
         if args.sched_on_updates:
             lr_scheduler.step_update(start_epoch * updates_per_epoch)
@@ -402,8 +402,11 @@ def train() -> None:
         if args.resume:
             load_task_ema_checkpoint(task, args.resume)
     if args.torchcompile:
-        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-        task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+        try:
+            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+            task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+        except RuntimeError as e:
+            raise UserError(f'--torchcompile {args.torchcompile} can not be carried out: {first_line(e)}.') from e
     if args.distributed:
         ddp_kwargs = dict(broadcast_buffers=False) if args.no_ddp_bb and not args.netaug else {}
         task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None, **ddp_kwargs)
