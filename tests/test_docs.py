@@ -58,6 +58,16 @@ def test_readme_commands(checkout, few_digits):
         run(re.sub(r'--epochs \d+', '--epochs 1 -b 60', command), checkout)
 
 
+def test_benchmark(tmp_path):
+    """The commands of docs/performance.md, with fewer and smaller steps."""
+    commands = re.findall(r'^    python (benchmarks/step.py .*)$', (ROOT / 'docs/performance.md').read_text(), re.M)
+    assert commands
+    for command in commands:
+        command = re.sub(r'(--img-size|--batch-size) \d+', r'\1 32', command)
+        out = run(f'python {ROOT}/{command} --samples 2 --warmup 0 --contenders plain netaug --output out', tmp_path)
+        assert 'netaug_mbv2_tiny' in out and (tmp_path / 'out.json').exists() and (tmp_path / 'out.png').exists()
+
+
 def test_names_in_the_docs_are_real():
     """Files that the pages name are there, and so are the flags of the scripts."""
     from timm_netaug.scripts.args import train_parser, validate_parser
