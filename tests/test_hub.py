@@ -21,10 +21,12 @@ from timm_netaug import convert as convert_command
 from timm_netaug import hub as hub_command
 from timm_netaug import info as info_command
 from timm_netaug.checkpoint import describe_run
+from timm_netaug.errors import UserError
 from timm_netaug.export import __main__ as export_command
 from timm_netaug.export import export_folder
 from timm_netaug.scripts import validate as validate_command
 from timm_netaug.scripts.args import FREE_FLAGS, parse_args, train_parser
+from timm_netaug.scripts.build import set_up_model
 
 REPO = 'owner/tiny'
 CONFIG = dict(input_size=(3, 32, 32), mean=(0.3,) * 3, std=(0.35,) * 3, interpolation='bicubic', crop_pct=1.0,
@@ -381,6 +383,27 @@ def test_pickles(hub, folder, model, tmp_path, monkeypatch):
 def validate(*argv):
     sys.argv = ['validate.py', *argv, '-j', '0', '--device', 'cpu']
     validate_command.main()
+
+
+def build(*argv):
+    return set_up_model(parse_args(train_parser(), ['--data-dir', '.', *argv]))
+
+
+def test_start_of_a_training(hub, folder, model, tmp_path):
+    """`train.py --model hf-hub:...` checks what it fetches, like the other ways in."""
+    config = json.loads((folder / 'config.json').read_text())
+    weights = (folder / 'model.safetensors').read_bytes()
+    torch.save(model.state_dict(), tmp_path / 'weights')
+    hub.put('owner/pickle', config__json=json.dumps(config).encode(),
+            pytorch_model__bin=(tmp_path / 'weights').read_bytes())
+    hub.put(REPO, config__json=json.dumps(config).encode(), model__safetensors=weights)
+    absurd = {**config, 'model_args': {**config['model_args'], 'stem_size': 10 ** 9}}
+    hub.put('owner/absurd', config__json=json.dumps(absurd).encode(), model__safetensors=weights)
+    for repo, said in (('owner/pickle', 'as a pickle only'), ('owner/absurd', 'stem_size is 1e.09'),
+                       ('owner/none', 'There is no repository owner/none that you may see')):
+        with pytest.raises(UserError, match=said):
+            build('--model', f'hf-hub:{repo}', '--pretrained')
+    assert torch.equal(logits(build('--model', f'hf-hub:{REPO}', '--pretrained')), logits(model))
 
 
 def describe(*argv):

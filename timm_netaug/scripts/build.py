@@ -42,6 +42,7 @@ def set_up_model(args) -> nn.Module:
         overlay = dict(file=args.pretrained_path, num_classes=-1 if classes is None else classes)
         if classes is not None and args.num_classes not in (None, classes):
             _logger.info(f'The weights are for {classes} classes, not {args.num_classes}: the classifier is a new one.')
+    source = local_name(args.model, weights=args.pretrained and not args.pretrained_path)
     optional = dict(  # models without such an argument are only asked where a flag is given
         drop_path_rate=args.drop_connect if args.drop_path is None else args.drop_path,
         drop_block_rate=args.drop_block,
@@ -55,7 +56,7 @@ def set_up_model(args) -> nn.Module:
             checkpoint_path=args.initial_checkpoint or None,
             scriptable=args.torchscript,
             **resolve_model_input_args(
-                args.model,
+                source,
                 vars(args),
                 in_chans=args.in_chans,
                 num_classes=args.num_classes,
