@@ -16,7 +16,7 @@ from .config import NetAugConfig
 from .elastic import ELASTIC, STATE, STOCK, CheckpointedBlocks, ElasticBatchNormAct2d
 from .layout import Channels, Layout, trace
 
-__all__ = ['SuperNet', 'augment', 'slice_stock']
+__all__ = ['SuperNet', 'augment', 'leading_slices', 'slice_stock']
 
 
 class SuperNet:
@@ -261,7 +261,8 @@ def _initial(model: nn.Module, name: str, tensor: torch.Tensor, layout: Layout) 
     return new.fill_(1 if kind in ('weight', 'running_var') else 0)
 
 
-def _slices(axis: Mapping[int, Channels], widths: Mapping[str, int], ndim: int) -> tuple:
+def leading_slices(axis: Mapping[int, Channels], widths: Mapping[str, int], ndim: int) -> tuple:
+    """Index the part of a tensor that a sub-network uses."""
     return tuple(slice(widths[axis[dim].name]) if dim in axis else slice(None) for dim in range(ndim))
 
 
@@ -315,7 +316,7 @@ def augment(model: nn.Module, config: Optional[NetAugConfig] = None) -> SuperNet
             memory_format=torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format,
         )
         new.copy_(_initial(model, name, new, layout))
-        new[_slices(axis, layout.tiny, new.ndim)] = old[name]
+        new[leading_slices(axis, layout.tiny, new.ndim)] = old[name]
         tensors[name] = new
 
     types = {name: ELASTIC[role, type(model.get_submodule(name))] for name, role in layout.layers.items()}
@@ -345,7 +346,7 @@ def slice_stock(supernet: SuperNet, widths: Optional[Mapping[str, int]] = None) 
     layout = supernet.layout
     widths = layout.tiny if widths is None else supernet.check_widths(widths)
     tensors = {
-        name: tensor[_slices(layout.axes[name], widths, tensor.ndim)].clone()
+        name: tensor[leading_slices(layout.axes[name], widths, tensor.ndim)].clone()
         for name, tensor in [*supernet.named_parameters(), *supernet.named_buffers()] if name in layout.axes
     }
     types = {name: type(supernet.get_submodule(name)) for name in layout.layers}

@@ -1,6 +1,6 @@
 """The training task: the loss of the tiny model plus that of one augmented sub-network (equation 3 of the paper)."""
 from contextlib import nullcontext
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from timm.task import ClassificationTask, DistillationTeacher
 from timm.utils import unwrap_model
 
 from .config import NetAugConfig
-from .supernet import SuperNet, slice_stock
+from .supernet import SuperNet, leading_slices, slice_stock
 
 __all__ = ['NetAugTask', 'distillation_loss', 'step_generator']
 
@@ -38,18 +38,30 @@ def distillation_loss(output: torch.Tensor, teacher_output: torch.Tensor, temper
 class _KnownGradient(torch.autograd.Function):
     """A loss whose gradient has been computed already: what led to it is out of memory, and its backward pass hands
     the parameters their gradients, times that of the loss. So whoever watches them (DistributedDataParallel, say) sees
-    them arrive as ever."""
+    them arrive as ever. Of the gradients, which are zero elsewhere, the tiny network's slices are kept."""
 
     @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, grads: Tuple[Optional[torch.Tensor], ...], *parameters: torch.Tensor):
-        ctx.grads = grads
+    def forward(
+            ctx: Any,
+            loss: torch.Tensor,
+            grads: List[Optional[torch.Tensor]],
+            slices: List[tuple],
+            *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.grads, ctx.slices = grads, slices
+        ctx.layouts = [(p.shape, p.stride()) for p in parameters]
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         if torch.is_grad_enabled():
             raise RuntimeError('A gradient of second order needs a NetAugTask without early_backward.')
-        return (None, None, *(None if g is None else g * grad for g in ctx.grads))
+        full: List[Optional[torch.Tensor]] = []
+        for known, slices, (shape, stride) in zip(ctx.grads, ctx.slices, ctx.layouts):
+            full.append(None if known is None else known.new_empty_strided(shape, stride).zero_())
+            if known is not None:
+                full[-1][slices] = known * grad
+        return (None, None, None, *full)
 
 
 class NetAugTask(ClassificationTask):
@@ -232,9 +244,12 @@ class NetAugTask(ClassificationTask):
             and not input.requires_grad)
         if not known:
             return loss
-        parameters = [p for p in self.supernet.parameters() if p.requires_grad]
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return _KnownGradient.apply(loss.detach(), grads, *parameters)
+        layout = self.supernet.layout
+        parameters = {k: p for k, p in self.supernet.named_parameters() if p.requires_grad}
+        slices = [leading_slices(layout.axes.get(k, {}), layout.tiny, p.ndim) for k, p in parameters.items()]
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        known = [None if g is None else g[s].clone() for g, s in zip(grads, slices)]
+        return _KnownGradient.apply(loss.detach(), known, slices, *parameters.values())
 
     def _loss(self, output, target, teacher_output) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
         """Return the loss of one network's logits, and the teacher's part in it to be logged."""
