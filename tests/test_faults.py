@@ -228,6 +228,9 @@ def test_same_seed_same_summary(undisturbed, few_digits, tmp_path):
     assert_same_run(undisturbed, tmp_path / 'run')
     versions = json.loads((tmp_path / 'run/versions.json').read_text())
     assert versions['torch'] == torch.__version__ and versions['timm'] and versions['timm_netaug']
+    if (ROOT / '.git').exists():
+        head = subprocess.run(['git', 'describe', '--always'], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        assert head and versions['revision'].removesuffix('-dirty') == head
     other = tmp_path / 'other'
     run_python('train.py', '-c', tmp_path / 'run/args.yaml', '--output', other)
     assert (other / 'run/summary.csv').read_text() == (undisturbed / 'summary.csv').read_text()

@@ -26,7 +26,7 @@ from timm_netaug.export import __main__ as export_command
 from timm_netaug.export import export_folder
 from timm_netaug.scripts import validate as validate_command
 from timm_netaug.scripts.args import FREE_FLAGS, parse_args, train_parser
-from timm_netaug.scripts.build import set_up_model
+from timm_netaug.scripts.build import set_up_model, set_up_teacher
 
 REPO = 'owner/tiny'
 CONFIG = dict(input_size=(3, 32, 32), mean=(0.3,) * 3, std=(0.35,) * 3, interpolation='bicubic', crop_pct=1.0,
@@ -463,6 +463,19 @@ def test_broken_weights(hub, folder, model, tmp_path):
     assert 'has no revision v9' in refusal('pull', REPO, tmp_path / 'out', '--revision', 'v9')
     hub.put('owner/none', README__md=b'')
     assert 'owner/none holds no model' in refusal('pull', 'owner/none', tmp_path / 'out')
+
+
+def test_teacher_of_the_hub(hub, folder, model):
+    """train.py --kd-model-name hf-hub:..."""
+    run('push', folder, REPO)
+    args = parse_args(train_parser(), ['--num-classes', '10', '--kd-model-name', f'hf-hub:{REPO}'])
+    teacher = set_up_teacher(
+        args, dict(input_size=(3, 32, 32)), [str(i) for i in range(10)], torch.device('cpu'), torch.float32)
+    assert torch.equal(logits(teacher), logits(model))
+    torch.testing.assert_close(teacher.mean_kd.flatten(), torch.tensor(CONFIG['mean']))
+    args.kd_model_name = 'hf-hub:owner/none'
+    with pytest.raises(UserError, match='There is no repository owner/none'):
+        set_up_teacher(args, dict(input_size=(3, 32, 32)), None, torch.device('cpu'), torch.float32)
 
 
 def test_info_of_the_hub(hub, folder, capsys):

@@ -69,7 +69,7 @@ def test_killed_at_any_moment(kill, undisturbed, few_digits, tmp_path):
             stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
         try:
             # Killed in the first epoch now and then (it starts anew), and in a later one at any rate.
-            process.wait(random.uniform(0.2, 0.9) * seconds if not resumed else 600)
+            process.wait(random.uniform(0.2, 0.9) * (1 + attempt / 4) * seconds if not resumed else 600)
             break
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)

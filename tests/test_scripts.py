@@ -1,5 +1,6 @@
 """train.py, validate.py and export as a user runs them."""
 import csv
+import dataclasses
 import json
 import re
 import sys
@@ -9,10 +10,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.utils import ParseKwargs
+from timm.models import _registry
+from timm.utils import NativeScaler, ParseKwargs, dispatch_clip_grad
 
 import timm_netaug
-from conftest import ROOT, images, make, readme_block, run_python
+from conftest import ROOT, SMALL_RUN, images, make, make_supernet, readme_block, run_python
 from timm_netaug.checkpoint import describe_run
 from timm_netaug.errors import UserError
 from timm_netaug.export import export_folder
@@ -242,6 +244,102 @@ def test_starts_from_given_weights(netaug, digits, tmp_path):
     assert got['classifier.weight'].shape[0] == 10
 
 
+def register_weights(monkeypatch, name, model, file):
+    """Let a file be what timm loads for a registered name with pretrained=True, instead of a download."""
+    torch.save(model.state_dict(), file)
+    cfg = _registry._model_pretrained_cfgs[name]
+    cfg = dataclasses.replace(cfg, file=str(file), url='', hf_hub_id=None, num_classes=model.num_classes)
+    monkeypatch.setitem(_registry._model_pretrained_cfgs, name, cfg)
+
+
+@pytest.mark.parametrize('netaug', [[], ['--netaug']], ids=['plain', 'netaug'])
+@pytest.mark.parametrize('flag, classes', [('--pretrained', 10), ('--pretrained', 3), ('--initial-checkpoint', 10)])
+def test_starts_from_registered_weights_and_checkpoints(flag, classes, netaug, few_digits, tmp_path, monkeypatch):
+    """As above, for the other two flags."""
+    from timm_netaug.scripts import train
+    given, file = make('test_efficientnet', num_classes=classes), tmp_path / 'given.pth'
+    register_weights(monkeypatch, 'test_efficientnet', given, file)
+    argv = ['train.py', '--data-dir', few_digits, *SMALL_RUN, '-b', 60, '-j', 0, '--epochs', 1, '--lr', 0,
+            '--weight-decay', 0, '--output', tmp_path, '--experiment', 'run', *netaug, flag]
+    monkeypatch.setattr(sys, 'argv', [str(a) for a in argv + [file] * (flag != '--pretrained')])
+    train.train()
+    got = torch.load(tmp_path / 'run/last.pth.tar', weights_only=False)['state_dict']
+    same = [n for n, _ in given.named_parameters() if classes == 10 or not n.startswith('classifier')]
+    assert len(same) > 40 and all(torch.equal(got[n], given.get_parameter(n)) for n in same)
+    assert got['classifier.weight'].shape[0] == 10
+
+
+def test_average_of_the_weights(few_digits, tmp_path, capsys, monkeypatch):
+    """With NetAug: it is what is evaluated, and what --use-ema takes, also of a run that did not evaluate it."""
+    from timm_netaug import hub
+    from timm_netaug.export import __main__ as export_command
+    from timm_netaug.scripts import train, validate
+
+    def call(main, *argv):
+        monkeypatch.setattr(sys, 'argv', ['command', *map(str, argv)])
+        main()
+
+    for name, flags in (('a', []), ('b', ['--model-ema-force-cpu'])):
+        call(train.train, '--data-dir', few_digits, *SMALL_RUN, '--netaug', '-b', 60, '-j', 0, '--epochs', 2, '--lr',
+             0.5, '--model-ema', '--model-ema-decay', 0.8, '--output', tmp_path, '--experiment', name, *flags)
+        run = tmp_path / name
+        saved = torch.load(run / 'last.pth.tar', weights_only=False)
+        average = saved['state_dict_ema']
+        assert not torch.equal(average['conv_stem.weight'], saved['state_dict']['conv_stem.weight'])
+        losses = {}
+        for use in ([], ['--use-ema']):
+            capsys.readouterr()
+            call(validate.validate, '--checkpoint', run / 'last.pth.tar', '--data-dir', few_digits, '-j', 0, *use)
+            losses[bool(use)] = json.loads(capsys.readouterr().out)['loss']
+        row = list(csv.DictReader((run / 'summary.csv').open()))[-1]
+        assert losses[not flags] == pytest.approx(float(row['eval_loss']), abs=1e-4)
+        assert abs(losses[True] - losses[False]) > 0.01
+        call(export_command.main, run / 'last.pth.tar', run / 'export', '--use-ema')
+        call(hub.main, 'push', run / 'last.pth.tar', 'owner/name', '--dry-run', run / 'push', '--use-ema')
+        for folder in ('export', 'push'):
+            weights = load_file(run / folder / 'model.safetensors')
+            assert all(torch.equal(weights[k], average[k]) for k in average), folder
+
+
+class Batches(list):
+    """Images and labels in memory, as a loader."""
+    dataset = None
+
+
+@pytest.mark.parametrize('clip', [None, 'norm', 'value', 'agc'])
+@pytest.mark.parametrize('scaled', [False, True], ids=['plain', 'scaler'])
+def test_gradient_of_a_step(scaled, clip):
+    """It is the mean of the batches', which train one sub-network, then clipped; the scaler of float16 leaves no trace.
+
+    The scaler is the one that a GPU gets. Five batches in twos: the last one is alone.
+    """
+    from timm_netaug.scripts.train import train_one_epoch
+    limit = 0.01
+    clipping = ['--clip-grad', str(limit), '--clip-mode', clip] if clip else []
+    args = parse_args(train_parser(), ['--data-dir', 'D', '--netaug', '--grad-accum-steps', '2', *clipping])
+    args.world_size, args.rank, args.distributed, args.device = 1, 0, False, 'cpu'
+    task = timm_netaug.NetAugTask(make_supernet('netaug_mbv2_tiny').train(), seed=3, verbose=False)
+    parameters = list(task.supernet.parameters())
+    batches = Batches((images(4, 32, seed=i).to(memory_format=torch.channels_last), torch.arange(4)) for i in range(5))
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    grads, widths, active = [], [], task.supernet.active
+    optimizer.register_step_pre_hook(lambda *_: grads.append([p.grad.clone() for p in parameters]))
+    task.supernet.active = lambda w: widths.append(tuple(w.values())) or active(w)
+    train_one_epoch(2, task, batches, optimizer, args, torch.device('cpu'), updates_per_epoch=3,
+                    loss_scaler=NativeScaler(device='cpu') if scaled else None)
+    assert len(grads) == 3 and widths[0] == widths[1] and widths[2] == widths[3] and len(set(widths)) == 3
+    for i, part in enumerate(([0, 1], [2, 3], [4])):
+        task.start_update(2 * 3 + i)
+        each = [torch.autograd.grad(task(*batches[b])['loss'], parameters) for b in part]
+        for j, p in enumerate(parameters):
+            p.grad = sum(g[j] for g in each) / len(part)
+        if clip:
+            dispatch_clip_grad(parameters[:-2] if clip == 'agc' else parameters, limit, mode=clip)
+        for got, p in zip(grads[i], parameters):
+            torch.testing.assert_close(got, p.grad, rtol=1e-5, atol=1e-6)
+    assert widths[5:] == widths[:5]
+
+
 def test_everything_at_once_still_trains(digits, tmp_path):
     """Flags that meet in one step: accumulation over an uneven epoch, clipping, EMA, mixup, bfloat16, channels-last."""
     run_python('train.py', '--data-dir', digits, '--model', 'netaug_mbv3_035', '--netaug', *SMALL, '-b', 128,
@@ -340,6 +438,38 @@ def test_wrong_input_gets_one_sentence(argv, said, digits, teachers, tmp_path, c
     from timm_netaug.scripts import train
     base = ['train.py', '--data-dir', digits, *SMALL, '--epochs', 1, '--output', tmp_path / 'out', *argv]
     monkeypatch.setattr(sys, 'argv', [str(a).replace('TEACHER', str(teachers)) for a in base])
+    with pytest.raises(UserError, match=said) as e:
+        train.train()
+    assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('flag, content, said', [
+    ('--initial-checkpoint', 'truncated.safetensors', 'truncated.safetensors can not be read as weights'),
+    ('--initial-checkpoint', 'truncated.pth', 'truncated.pth can not be read as weights'),
+    ('--initial-checkpoint', 'resnet.pth', 'Missing key'),
+    ('--pretrained-path', 'truncated.safetensors', 'truncated.safetensors can not be read as weights'),
+    ('--pretrained-path', 'resnet.pth', 'size mismatch for bn1.weight'),
+    ('--pretrained-path', 'vit.pth', 'is of another model than test_efficientnet: 47 of its 47 tensors'),
+    ('--pretrained-path', 'shallow.pth', r'is of another model than test_efficientnet: \d+ of its 47 tensors'),
+    ('--kd-model-name', 'broken', 'broken can not be loaded'),
+])
+def test_weights_to_start_from_that_are_wrong(flag, content, said, few_digits, teachers, tmp_path, monkeypatch):
+    """Told before anything is trained; timm itself would start such a --pretrained-path from scratch."""
+    from timm_netaug.scripts import train
+    whole = teachers / 'same/model.safetensors'
+    (tmp_path / 'broken').mkdir()
+    (tmp_path / 'broken/config.json').write_bytes((teachers / 'same/config.json').read_bytes())
+    for name in ('truncated.safetensors', 'broken/model.safetensors'):
+        (tmp_path / name).write_bytes(whole.read_bytes()[:3000])
+    torch.save(load_file(whole), tmp_path / 'resnet.pth')
+    torch.save(load_file(teachers / 'vit/model.safetensors'), tmp_path / 'vit.pth')
+    (tmp_path / 'truncated.pth').write_bytes((tmp_path / 'resnet.pth').read_bytes()[:20000])
+    weights = make('test_efficientnet', num_classes=3).state_dict()
+    torch.save({k: t for k, t in weights.items() if not k.startswith('blocks.3')}, tmp_path / 'shallow.pth')
+    value = f'local-dir:{tmp_path}/{content}' if flag == '--kd-model-name' else tmp_path / content
+    argv = ['train.py', '--data-dir', few_digits, *SMALL_RUN, '--netaug', '-b', 60, '-j', 0, '--epochs', 1, '--output',
+            tmp_path / 'out', flag, value]
+    monkeypatch.setattr(sys, 'argv', list(map(str, argv)))
     with pytest.raises(UserError, match=said) as e:
         train.train()
     assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()
@@ -449,6 +579,16 @@ def test_summary_keeps_its_columns(digits, tmp_path):
     for r in rows:
         assert float(r['train_top1']) > 5
         assert 1 < float(r['train_aug_loss']) < 3.5 and 0 < float(r['train_distill_loss']) < 2
+
+
+def test_teacher_of_the_registry(tmp_path, monkeypatch):
+    """By its name alone: the weights are those that timm has for it."""
+    given = make('test_resnet')
+    register_weights(monkeypatch, 'test_resnet', given, tmp_path / 'given.pth')
+    args = parse_args(train_parser(), ['--num-classes', '10', '--kd-model-name', 'test_resnet'])
+    teacher = build.set_up_teacher(args, dict(input_size=(3, 32, 32)), None, torch.device('cpu'), torch.float32)
+    x = images(2, 32)
+    assert torch.equal(teacher(x), given.eval()(x))
 
 
 def test_names_of_a_teacher_with_fewer_classes(digits, teachers):

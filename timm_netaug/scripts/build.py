@@ -5,9 +5,12 @@ from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from timm import create_model
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import resolve_model_input_args
+from timm.models.efficientnet import EfficientNet
+from timm.models.mobilenetv3 import MobileNetV3
 from timm.task import (
     ClassificationTask,
     DistillationTeacher,
@@ -19,14 +22,33 @@ from timm.task import (
 
 import timm_netaug
 
-from ..checkpoint import check_finite, classes_in_file
+from ..checkpoint import check_finite, classes_in_file, read_weights
 from ..errors import UserError, check_model_name, first_line
 from ..fetch import local_name
+from ..reference import checkpoint_filter_fn
 from .device import uses_channels_last
 
 __all__ = ['set_up_model', 'set_up_task', 'set_up_teacher', 'to_train']
 
 _logger = logging.getLogger('train')
+
+
+def _check_given(args, model: nn.Module) -> None:
+    """Refuse a file of weights that leaves a part of the model but its classifier as it was. timm takes that for
+    adaptation, and trains the part from scratch.
+
+    Raises:
+        UserError: Most of the model's weights were not in the file, or with NetAug any of them.
+    """
+    if type(model) not in (EfficientNet, MobileNetV3):  # others may have names of their own in older files
+        return
+    given = checkpoint_filter_fn(read_weights(args.pretrained_path), model)
+    head = model.pretrained_cfg.get('classifier') or ''
+    weights = [n for n, _ in model.named_parameters() if n.rpartition('.')[0] != head]
+    missing = [n for n in weights if n not in given]
+    if missing and (args.netaug or 2 * len(missing) > len(weights)):
+        raise UserError(f'--pretrained-path: {args.pretrained_path} is of another model than {args.model}:'
+                        f' {len(missing)} of its {len(weights)} tensors are not there ({", ".join(missing[:2])}).')
 
 
 def set_up_model(args) -> nn.Module:
@@ -35,6 +57,8 @@ def set_up_model(args) -> nn.Module:
     for flag in ('pretrained_path', 'initial_checkpoint'):
         if getattr(args, flag) and not os.path.isfile(getattr(args, flag)):
             raise UserError(f'--{flag.replace("_", "-")}: there is no file {getattr(args, flag)}.')
+    if args.initial_checkpoint and not args.initial_checkpoint.lower().endswith(('.npz', '.npy')):
+        read_weights(args.initial_checkpoint)  # what is wrong with the file is told in a sentence
     pretrained, overlay = args.pretrained, {}
     if args.pretrained_path:
         pretrained = True
@@ -72,6 +96,8 @@ def set_up_model(args) -> nn.Module:
         hint = ' (--pretrained-path takes weights with another classifier, or of the reference implementation.)'
         raise UserError(f'{args.model} can not be built: {" ".join(str(e).split())[:300]}'
                         + (hint if args.initial_checkpoint else '')) from e
+    if args.pretrained_path:
+        _check_given(args, model)
     if isinstance(model, timm_netaug.SuperNet):
         raise UserError('Use --netaug instead of --model-kwargs netaug=...')
     if args.grad_checkpointing:
@@ -146,7 +172,7 @@ def set_up_teacher(
     check_model_name(name)
     try:
         model = create_model(local_name(name), pretrained=True, in_chans=data_config['input_size'][0])
-    except (FileNotFoundError, RuntimeError, ValueError, TypeError, KeyError) as e:
+    except (FileNotFoundError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as e:
         raise UserError(f'--kd-model-name: {name} can not be loaded: {first_line(e)[:300]}.') from e
     check_finite(model.state_dict(), f'--kd-model-name: {name}')
     cfg = getattr(model, 'pretrained_cfg', None) or {}
