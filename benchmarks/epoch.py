@@ -96,6 +96,7 @@ class Contender:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data-dir', required=True, metavar='DIR')
     parser.add_argument('--model', default='netaug_mbv2_tiny')
     parser.add_argument('--batches', type=int, default=100, help='of an epoch; all that there are where they are fewer')
     parser.add_argument('--repeats', type=int, default=3, help='epochs of each contender, the contenders in turn')
@@ -105,7 +106,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     torch.set_num_threads(args.threads)
     logging.disable(logging.INFO)
-    common = ['--model', args.model, '--device', args.device, '--log-interval', '1000000', *flags]
+    common = ['--data-dir', args.data_dir, '--model', args.model, '--device', args.device, '--log-interval', '1000000', *flags]
     contenders = {name: Contender([*common, *more], args.batches) for name, more in CONTENDERS.items()}
     rows: Dict[str, List[Dict[str, float]]] = {name: [] for name in contenders}
     for repeat in range(-1, args.repeats):  # the first ones warm up
@@ -115,7 +116,8 @@ def main() -> None:
                 rows[name].append(measured)
             print(f'{name}: {measured["images"] / measured["seconds"]:.0f} images/s', flush=True)
     os.makedirs(os.path.dirname(args.output) or '.', exist_ok=True)
-    facts = dict(machine=machine(args), args=vars(args), flags=flags, rows=rows)
+    settings = {k: v for k, v in vars(args).items() if k != 'data_dir'}
+    facts = dict(machine=machine(args), args=settings, flags=flags, rows=rows)
     Path(f'{args.output}.json').write_text(json.dumps(facts, indent=2) + '\n')
     print(f'\n{args.model}; {machine(args)}; {" ".join(flags)}\n')
     print('| epoch | images/s | waiting for data | time, in plain epochs (lowest to highest) |\n|---|---|---|---|')

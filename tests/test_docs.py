@@ -52,20 +52,31 @@ def test_tutorial(checkout):
 def test_readme_commands(checkout, few_digits):
     """Those for which the reader puts in a folder of images, shortened to an epoch."""
     commands = [b for b in blocks('README.md', 'bash')]
-    assert len(commands) >= 2
+    assert commands
     for command in commands:
         command = re.sub(r'\b(DATA|CIFAR10)\b', str(few_digits), command)
         run(re.sub(r'--epochs \d+', '--epochs 1 -b 60', command), checkout)
 
 
 def test_benchmark(tmp_path):
-    """The commands of docs/performance.md, with fewer and smaller steps."""
-    commands = re.findall(r'^    python (benchmarks/step.py .*)$', (ROOT / 'docs/performance.md').read_text(), re.M)
-    assert commands
-    for command in commands:
-        command = re.sub(r'(--img-size|--batch-size) \d+', r'\1 32', command)
-        out = run(f'python {ROOT}/{command} --samples 2 --warmup 0 --contenders plain netaug --output out', tmp_path)
-        assert 'netaug_mbv2_tiny' in out and (tmp_path / 'out.json').exists() and (tmp_path / 'out.png').exists()
+    """The commands of docs/performance.md, with one model, fewer and smaller steps, and on the CPU."""
+    text = (ROOT / 'docs/performance.md').read_text().replace('\\\n', '')
+    commands = {re.sub(r' --(img-size|batch-size|samples|device|models) \S+| --amp', '', command)
+                for command in re.findall(r'^    python (benchmarks/step.py .*)$', text, re.M)}
+    assert commands == {'benchmarks/step.py', 'benchmarks/step.py --profile'}
+    few = '--models netaug_mbv2_tiny --img-size 32 --batch-size 16 --samples 2 --warmup 1 --contenders plain netaug'
+    out = run(f'python {ROOT}/benchmarks/step.py {few} --output out', tmp_path)
+    assert '| `netaug_mbv2_tiny` | netaug |' in out
+    assert (tmp_path / 'out.json').exists() and (tmp_path / 'out.png').exists()
+    assert 'convolution_backward' in run(f'python {ROOT}/benchmarks/step.py {few} --profile', tmp_path)
+
+
+def test_other_benchmarks(few_digits, tmp_path):
+    command = f'python {ROOT}/benchmarks/epoch.py --data-dir {few_digits} --num-classes 10 --img-size 32 -j 0 -b 60'
+    out = run(f'{command} --batches 2 --repeats 1 --output out', tmp_path)
+    assert '| netaug, expansions alone |' in out and (tmp_path / 'out.json').exists()
+    out = run(f'python {ROOT}/benchmarks/inference.py --img-size 32 --repeats 3', tmp_path)
+    assert 'equal to the last bit: True' in out
 
 
 def test_names_in_the_docs_are_real():

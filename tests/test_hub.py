@@ -559,3 +559,19 @@ def test_pages(hub, model, few_digits, tmp_path, capsys, monkeypatch):
     code, = re.findall(r'```python\n(.*?)```', page, re.S)
     exec(code.replace('OWNER/NAME', REPO), scope := {})
     assert torch.equal(logits(scope['model']), logits(model))
+
+
+def test_baseline(run_dir, tmp_path):
+    """The accuracy of the same training without NetAug is on the card; that of another training is refused."""
+    twin = torch.load(run_dir / 'last.pth.tar', weights_only=False)
+    twin['args'].netaug, twin['metric'] = False, 12.5
+    push = ['-m', 'timm_netaug.hub', 'push', run_dir / 'last.pth.tar', 'OWNER/x',
+            '--baseline', tmp_path / 'twin.pth.tar']
+    torch.save(twin, tmp_path / 'twin.pth.tar')
+    run_python(*push, '--dry-run', tmp_path / 'out')
+    assert 'of the same training without NetAug, of one seed | 12.50 % |' in (tmp_path / 'out/README.md').read_text()
+    twin['args'].lr = 0.5
+    torch.save(twin, tmp_path / 'twin.pth.tar')
+    done = run_python(*push, '--dry-run', tmp_path / 'other', check=False)
+    assert done.returncode == 1 and 'is not of the same training without NetAug' in done.stderr
+    assert not (tmp_path / 'other').exists()

@@ -13,10 +13,10 @@ from .costs import MEMORY_MODEL
 from .info import describe
 from .scripts.args import FREE_FLAGS, train_parser
 
-__all__ = ['facts_of_run', 'known_facts', 'model_card']
+__all__ = ['facts_of_run', 'known_facts', 'model_card', 'without_netaug']
 
 _FACTS = dict(command=list, processes=int, evaluated_with=list, epoch=int, epochs=int, metrics=dict, images=int,
-              dataset=str, dataset_terms=str, converted_from=str)
+              dataset=str, dataset_terms=str, converted_from=str, baseline=dict)
 _METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
 _PATHS = ('pretrained_path', 'initial_checkpoint', 'class_map')  # where they lie is of no use to others
 _DATASET = ('dataset', 'input_img_mode', 'input_key', 'target_key')  # that validate.py needs too
@@ -45,6 +45,17 @@ def _flags(args: argparse.Namespace, only: Optional[tuple] = None) -> List[str]:
         elif not isinstance(action, argparse._StoreTrueAction):
             argv += map(str, value if isinstance(value, (list, tuple)) else [value])
     return argv
+
+
+def without_netaug(command: List[str]) -> List[str]:
+    """Return the flags of a command that are not NetAug's."""
+    words, skip = [], False
+    for word in command:
+        if word.startswith('--'):
+            skip = word.startswith('--netaug')
+        if not skip:
+            words.append(word)
+    return words
 
 
 def facts_of_run(checkpoint: Mapping[str, Any], use_ema: Optional[bool] = None) -> Dict[str, Any]:
@@ -78,8 +89,9 @@ def known_facts(config: Mapping[str, Any]) -> Dict[str, Any]:
     for key in ('command', 'evaluated_with'):
         if key in facts:
             facts[key] = [str(word) for word in facts[key]]
-    if 'metrics' in facts:
-        facts['metrics'] = {k: v for k, v in facts['metrics'].items() if k in _METRICS and isinstance(v, (int, float))}
+    for key in ('metrics', 'baseline'):
+        if key in facts:
+            facts[key] = {k: v for k, v in facts[key].items() if k in _METRICS and isinstance(v, (int, float))}
     return facts
 
 
@@ -163,6 +175,8 @@ Computed for {size}, not measured on a board. {MEMORY_MODEL}""",
         parts.append(f'## Data\n\n{facts["dataset"]}{terms}')
     if facts.get('metrics'):
         rows = ''.join(f'| {_METRICS[k]} | {v:.2f} % |\n' for k, v in facts['metrics'].items())
+        rows += ''.join(f'| {_METRICS[k]} of the same training without NetAug, of one seed | {v:.2f} % |\n'
+                        for k, v in facts.get('baseline', {}).items())
         images = f' of {facts["images"]:,} images' if 'images' in facts else ''
         split = facts.get('evaluated_with', ['--split', 'validation'])
         line = ['python', 'validate.py', '--data-dir', 'DATA', '--model', f'hf-hub:{repo}', *split]

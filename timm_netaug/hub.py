@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -18,7 +18,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import save_file
 from timm import create_model
 
-from .card import facts_of_run, known_facts, model_card
+from .card import facts_of_run, known_facts, model_card, without_netaug
 from .checkpoint import aside, load_run, read_checkpoint
 from .convert import convert
 from .errors import UserError, told_plainly
@@ -26,6 +26,7 @@ from .export import export_folder
 from .fetch import CONFIG, PICKLE, WEIGHTS, fetch, hub_errors, load_folder
 from .scripts import validate
 from .scripts.args import check_validate_args, parse_args, validate_parser
+from .shipped import shipped_folder
 
 __all__ = ['main']
 
@@ -53,7 +54,7 @@ def _move_files(folder: Path, out_dir: str) -> None:
 
 def _write_folder(args: argparse.Namespace, folder: Path) -> Tuple[nn.Module, Dict[str, Any]]:
     """Write weights and config of what `push` names; returns its model and the facts that are known of it."""
-    source = args.checkpoint
+    source = str(shipped_folder(args.checkpoint) or args.checkpoint)
     if os.path.isdir(source):
         if args.model or args.use_ema:
             raise UserError(f'{source} is an exported folder, which has one model: leave --model and --use-ema out.')
@@ -89,6 +90,24 @@ def _write_config(folder: Path, facts: Dict[str, Any], license: Optional[str]) -
     with aside(str(folder / CONFIG)) as f:
         json.dump(config, f, indent=2)
     return config
+
+
+def _baseline(path: str, facts: Mapping[str, Any]) -> Dict[str, float]:
+    """Return what a checkpoint of the same training without NetAug has reached.
+
+    Raises:
+        UserError: It is of another training, or its metric is not on record.
+    """
+    checkpoint = read_checkpoint(path)
+    if getattr(checkpoint.get('args'), 'run', None) is None:
+        raise UserError(f'--baseline: {path} is not a checkpoint of train.py.')
+    baseline = facts_of_run(checkpoint)
+    if baseline['command'] != without_netaug(facts.get('command', [])):
+        raise UserError(f'--baseline: {path} is not of the same training without NetAug; it was trained with:'
+                        f' {" ".join(baseline["command"])}')
+    if 'metrics' not in baseline:
+        raise UserError(f'--baseline: {path} has no accuracy on record.')
+    return baseline['metrics']
 
 
 def _check_reload(model: nn.Module, folder: Path, input_size: Sequence[int]) -> None:
@@ -183,6 +202,8 @@ def push(args: argparse.Namespace) -> None:
         folder = Path(temporary)
         model, facts = _write_folder(args, folder)
         facts.update({k: v for k in ('dataset', 'dataset_terms') if (v := getattr(args, k))})
+        if args.baseline:
+            facts['baseline'] = _baseline(args.baseline, facts)
         config = _write_config(folder, facts, args.license)
         parent = None if args.dry_run else _check_target(args, config['architecture'])
         _check_reload(model, folder, config['pretrained_cfg']['input_size'])
@@ -228,7 +249,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     commands = parser.add_subparsers(required=True, metavar='push|pull')
     command = commands.add_parser('push', help='push weights, config and card as one commit')
     command.set_defaults(run=push)
-    command.add_argument('checkpoint', help='checkpoint of train.py, exported folder, or .pth of the authors')
+    command.add_argument('checkpoint', help='checkpoint of train.py, exported folder, .pth of the authors, or ARCH.TAG'
+                                            ' of shipped weights')
     command.add_argument('repo', metavar='OWNER/NAME', help='repository; it is created where there is none')
     command.add_argument('--private', action='store_true', help='create it as a private one')
     command.add_argument('--revision', metavar='R', help='branch to push to (main)')
@@ -236,6 +258,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     command.add_argument('--model', metavar='NAME', help='architecture of a file that does not say it')
     command.add_argument('--use-ema', action='store_true', help='the moving average (default where it was validated)')
     command.add_argument('--data-dir', metavar='DIR', help='evaluate, and push if the accuracy is the recorded one')
+    command.add_argument('--baseline', metavar='CHECKPOINT', help='of the same training without NetAug, for the card')
     command.add_argument('--license', metavar='ID', help='of the weights, as in apache-2.0')
     command.add_argument('--dataset-name', dest='dataset', metavar='NAME', help='data set of the training')
     command.add_argument('--dataset-terms', metavar='TEXT', help='its terms of use')

@@ -4,13 +4,15 @@ Each is timm's own `EfficientNet` or `MobileNetV3`, built from an architecture d
 MobileNetV2 (arXiv 1801.04381), MobileNetV3 (1905.02244), ProxylessNAS (1812.00332), MCUNet (2007.10319), and NetAug
 (2110.08890) for MobileNetV2-Tiny and the input sizes.
 """
+import dataclasses
+import logging
 from functools import partial
-from typing import Any, Dict, List, Mapping, Union
+from typing import Any, Dict, List, Mapping, Optional, Union
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import make_divisible
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import SqueezeExcite
 from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, resolve_bn_args, round_channels
 from timm.models.efficientnet import EfficientNet
@@ -18,9 +20,13 @@ from timm.models.mobilenetv3 import MobileNetV3
 
 from .config import NetAugConfig
 from .reference import checkpoint_filter_fn
+from .shipped import shipped_cfgs
 from .supernet import SuperNet, augment
 
 __all__ = []
+
+_logger = logging.getLogger(__name__)
+_SOURCES = ('state_dict', 'file', 'url', 'hf_hub_id')  # of weights, in a pretrained config
 
 # The first block of a stage never has a skip connection here, even where stride and widths would allow one.
 _MOBILENETV2 = [
@@ -91,7 +97,26 @@ default_cfgs = generate_default_cfgs({
     'netaug_mbv3_035': _cfg(160),
     'netaug_proxylessnas_035': _cfg(160),
     'netaug_mcunet': _cfg(176),
+    **shipped_cfgs(),
 })
+
+
+for _default in default_cfgs.values():  # timm would take input and classes of a bare name from the weights, too
+    _default.tags.remove('')
+    _default.tags.appendleft('')
+
+
+def _shipped_cfg(variant: str, *given: Union[Mapping[str, Any], PretrainedCfg, None]) -> Optional[PretrainedCfg]:
+    """Return the config of the weights that `pretrained=True` loads without a tag: those that come with the package.
+    None where there are none, or where one of the given configs says where weights are to come from."""
+    fields = [cfg.to_dict() if isinstance(cfg, PretrainedCfg) else cfg or {} for cfg in given]
+    tag = next((t for t in default_cfgs[variant].tags if default_cfgs[variant].cfgs[t].has_weights), None)
+    if tag is None or any(cfg.get(key) for cfg in fields for key in _SOURCES):
+        return None
+    cfg = default_cfgs[variant].cfgs[tag]
+    _logger.warning(f'{variant}: loading the weights {variant}.{tag}, trained on {cfg.description}'
+                    f' ({cfg.num_classes} classes, images of {" x ".join(map(str, cfg.input_size))}).')
+    return dataclasses.replace(cfg, architecture=variant, tag=tag)
 
 
 def _create(
@@ -106,6 +131,9 @@ def _create(
 ) -> Union[nn.Module, SuperNet]:
     """Build a model, or with `netaug` (True or config fields) the super-network around it."""
     kwargs.setdefault('round_chs_fn', partial(round_channels, multiplier=multiplier))
+    given = kwargs.get('pretrained_cfg')
+    if pretrained and not isinstance(given, str):  # else a tag
+        kwargs['pretrained_cfg'] = _shipped_cfg(variant, given, kwargs.get('pretrained_cfg_overlay')) or given
     model = build_model_with_cfg(
         model_cls,
         variant,

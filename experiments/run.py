@@ -1,0 +1,211 @@
+#!/usr/bin/env python3
+"""Run experiments: lists of `train.py` command lines, with seeds. What is done is skipped, what is not is resumed.
+
+    python experiments/run.py experiments/cifar10_20k.yaml --data-dir CIFAR10 --jobs 2
+    python experiments/run.py experiments/cifar10_20k.yaml --list
+
+Runs and checkpoints go to experiments/runs/. When a run is complete, its `summary.csv` and what it cost are copied to
+experiments/results/, which is committed; `experiments/report.py` makes tables and pictures of them.
+"""
+import argparse
+import csv
+import dataclasses
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any, Dict, List, Optional, Set
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / 'results'
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training: one row of an experiment with one seed."""
+    experiment: str
+    row: str
+    seed: int
+    flags: Dict[str, Any] = dataclasses.field(hash=False)
+    variant: Optional[str] = None  # of experiments/variants.py
+    images_per_class: Optional[int] = None
+
+    @property
+    def name(self) -> str:
+        return f'{self.row}-s{self.seed}'
+
+    @property
+    def result(self) -> Path:
+        return RESULTS / self.experiment / f'{self.name}.csv'
+
+    @property
+    def epochs(self) -> int:
+        return self.flags['epochs']
+
+
+def read_experiment(path: str) -> List[Run]:
+    """Return the runs of an experiment in the order of its file."""
+    content = yaml.safe_load(Path(path).read_text())
+    runs = []
+    for row, fields in content['rows'].items():
+        unknown = set(fields) - {'about', 'flags', 'seeds', 'variant', 'images_per_class'}
+        if unknown:
+            sys.exit(f'{path}: the row {row} has unknown fields: {", ".join(sorted(unknown))}.')
+        for seed in fields.get('seeds', [0]):
+            runs.append(Run(
+                Path(path).stem, row, seed, {**content.get('flags', {}), **fields.get('flags', {})},
+                fields.get('variant'), fields.get('images_per_class', content.get('images_per_class'))))
+    return runs
+
+
+def flag_words(flags: Dict[str, Any]) -> List[str]:
+    words = []
+    for key, value in flags.items():
+        if value is False or value is None:
+            continue
+        words.append(f'--{key.replace("_", "-")}')
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    return words
+
+
+def command(run: Run, data_dir: str, output: str) -> List[str]:
+    """Return the command line of a run."""
+    program = ['train.py'] if run.variant is None else ['experiments/variants.py', run.variant]
+    return ['python', *program, '--data-dir', data_dir, *flag_words(run.flags), '--seed', str(run.seed),
+            '--output', output, '--experiment', run.name]
+
+
+def subset(data_dir: str, images_per_class: Optional[int]) -> str:
+    """Return a data set with the first images of every class, by name, in train, and the whole validation split."""
+    if images_per_class is None:
+        return data_dir
+    root = HERE / 'runs' / 'data' / f'{os.path.basename(os.path.abspath(data_dir))}-{images_per_class}'
+    if not root.exists():
+        aside = Path(f'{root}.aside')
+        shutil.rmtree(aside, ignore_errors=True)
+        for folder in sorted(Path(data_dir, 'train').iterdir()):
+            (aside / 'train' / folder.name).mkdir(parents=True)
+            for image in sorted(folder.iterdir())[:images_per_class]:
+                (aside / 'train' / folder.name / image.name).symlink_to(image.resolve())
+        (aside / 'validation').symlink_to(Path(data_dir, 'validation').resolve())
+        aside.rename(root)
+    return str(root)
+
+
+def done(run: Run) -> bool:
+    return run.result.exists()
+
+
+def take(run: Run) -> Optional[IO]:
+    """Return a lock on a run, None where another process works at it."""
+    folder = HERE / 'runs' / run.experiment / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / 'lock', 'w')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        return None
+    return lock
+
+
+def execute(run: Run, data_dir: str) -> bool:
+    """Run or resume a training to its end, and copy its results; returns whether that worked."""
+    output = HERE / 'runs' / run.experiment
+    folder = output / run.name
+    words = command(run, data_dir, str(output))
+    last, costs = folder / 'last.pth.tar', folder / 'cost.jsonl'  # a line for every start
+    if last.exists():
+        words += ['--resume', str(last)]
+        if not costs.exists():  # this program was killed, too, so that nobody knows what those epochs took
+            costs.write_text('{"cpu_seconds": null, "seconds": null}\n')
+    start = time.time()
+    with open(folder / 'log.txt', 'a') as log:
+        process = subprocess.Popen(
+            [sys.executable, *words[1:]], cwd=HERE.parent, stdout=log, stderr=log,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(HERE.parent)})
+        _, status, usage = os.wait4(process.pid, 0)
+    cost = dict(cpu_seconds=usage.ru_utime + usage.ru_stime, seconds=time.time() - start)
+    with open(costs, 'a') as f:
+        f.write(json.dumps(cost) + '\n')
+    summary = folder / 'summary.csv'
+    epochs = len(list(csv.DictReader(summary.open()))) if summary.exists() else 0
+    if os.waitstatus_to_exitcode(status) or epochs < run.epochs:
+        print(f'{run.experiment}/{run.name} ended after {epochs} of {run.epochs} epochs: see {folder / "log.txt"}')
+        return False
+    run.result.parent.mkdir(parents=True, exist_ok=True)
+    starts = [json.loads(line) for line in costs.read_text().splitlines()]
+    total = {k: None if any(s[k] is None for s in starts) else round(sum(s[k] for s in starts), 1) for k in cost}
+    versions = json.loads((folder / 'versions.json').read_text())
+    facts = dict(
+        command=shlex.join(command(run, 'DATA', 'experiments/runs/' + run.experiment)),
+        images_per_class=run.images_per_class,
+        starts=len(starts),
+        **total,
+        versions={k: v for k, v in versions.items() if k != 'command'},
+    )
+    run.result.with_suffix('.json').write_text(json.dumps(facts, indent=2) + '\n')
+    aside = run.result.with_suffix('.aside')
+    shutil.copyfile(summary, aside)
+    aside.rename(run.result)
+    print(f'{run.experiment}/{run.name}: {cost["seconds"]:.0f} s', flush=True)
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('experiments', nargs='+', metavar='YAML')
+    parser.add_argument('--data-dir', metavar='DIR', help='folder with train/CLASS/ and validation/CLASS/')
+    parser.add_argument('--rows', nargs='+', metavar='ROW', help='these alone')
+    parser.add_argument('--jobs', type=int, default=1, help='runs side by side, a thread each')
+    parser.add_argument('--list', action='store_true', help='print the command lines that are left, and run nothing')
+    args = parser.parse_args()
+    runs = [run for path in args.experiments for run in read_experiment(path)]
+    unknown = set(args.rows or ()) - {run.row for run in runs}
+    if unknown:
+        parser.error(f'there are no rows {", ".join(sorted(unknown))}')
+    todo = [run for run in runs if not done(run) and (not args.rows or run.row in args.rows)]
+    if args.list:
+        print('\n'.join(shlex.join(command(run, 'DATA', f'experiments/runs/{run.experiment}')) for run in todo))
+        return
+    if not args.data_dir:
+        parser.error('--data-dir is missing')
+    print(f'{len(runs) - len(todo)} of {len(runs)} runs are done or left out.', flush=True)
+    failed: Set[Run] = set()
+    turn = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with turn:  # the files are read anew for each run, so that rows can be added meanwhile
+                runs = [run for path in args.experiments for run in read_experiment(path)]
+                todo = (run for run in runs if not (done(run) or run in failed)
+                        and (not args.rows or run.row in args.rows))
+                run, lock = next(((run, lock) for run in todo for lock in [take(run)] if lock), (None, None))
+                if run is not None:
+                    data_dir = subset(args.data_dir, run.images_per_class)
+            if run is None:
+                return
+            with lock:
+                if not execute(run, data_dir):
+                    failed.add(run)
+
+    workers = [threading.Thread(target=work) for _ in range(args.jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if failed:
+        sys.exit(f'{len(failed)} runs are not complete: {", ".join(sorted(run.name for run in failed))}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""`train.py` with one thing done in another way, for ablations that are no flags of it.
+
+    python experiments/variants.py VARIANT [flags of train.py]
+"""
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import update_bn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import timm_netaug  # noqa: E402
+from timm_netaug.elastic import ElasticBatchNormAct2d  # noqa: E402
+from timm_netaug.scripts import train  # noqa: E402
+from timm_netaug.supernet import SuperNet  # noqa: E402
+
+
+def momentum_stays() -> None:
+    """Sort the weights, but not the optimizer's state, as the reference implementation does."""
+    sort = SuperNet.sort_channels
+    SuperNet.sort_channels = lambda self, optimizer=None: sort(self)
+
+
+def bn_reference() -> None:
+    """Let both passes write BatchNorm's running statistics, and estimate them anew, over 16,000 images of the training
+    set, before every evaluation, as the reference implementation does."""
+    ElasticBatchNormAct2d.augmented = property(lambda self: False, lambda self, value: None)
+    ElasticBatchNormAct2d.since_sort = property(lambda self: None, lambda self, value: None)
+    loaders, set_up_loaders = [], train.set_up_loaders
+    get_eval_model = timm_netaug.NetAugTask.get_eval_model
+
+    def capture(args, *rest):
+        loaders[:] = [args, set_up_loaders(args, *rest)]
+        return loaders[1]
+
+    def estimated(self, *args, **kwargs):
+        model = get_eval_model(self, *args, **kwargs)
+        if model is None:  # no moving average
+            return None
+        flags, (loader, *_) = loaders
+        with torch.random.fork_rng():
+            update_bn(itertools.islice(loader, -(-16000 // flags.batch_size)), model)
+        return model
+
+    train.set_up_loaders, timm_netaug.NetAugTask.get_eval_model = capture, estimated
+
+
+def netaug_init() -> None:
+    """Start a training without NetAug from the tiny network that one with it would start from."""
+    to_train = train.to_train
+
+    def started(args, model, config, *rest):
+        supernet = timm_netaug.augment(model)
+        supernet.init_weights()
+        return to_train(args, timm_netaug.export(supernet), config, *rest)
+
+    train.to_train = started
+
+
+VARIANTS = {'momentum-stays': momentum_stays, 'bn-reference': bn_reference, 'netaug-init': netaug_init}
+
+
+if __name__ == '__main__':
+    if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
+        sys.exit(f'variants.py: error: name one of {", ".join(VARIANTS)} first, then flags of train.py.')
+    VARIANTS[sys.argv.pop(1)]()
+    train.main()

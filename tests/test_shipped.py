@@ -1,0 +1,107 @@
+"""Weights that come with the package: what `pretrained=True` loads, and what it leaves alone."""
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import MODELS, ROOT, images, run_python
+from timm_netaug.shipped import shipped_cfgs, shipped_folder
+
+SHIPPED = sorted(shipped_cfgs())
+PAPER_SIZES = {'netaug_mbv2_tiny': 144, 'netaug_mcunet': 176}
+
+
+def test_names():
+    assert SHIPPED and set(SHIPPED) <= {f'{name}.netaug_cifar10' for name in MODELS}
+    assert timm.list_models('netaug_*', pretrained=True) == SHIPPED
+    assert shipped_folder('netaug_mbv2_tiny') is None and shipped_folder('../weights/a.b') is None
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+def test_pretrained(name, caplog):
+    """Without a tag it is the shipped weights, and the log says of which data set; with the tag, the same weights."""
+    model = timm.create_model(name.split('.')[0], pretrained=True).eval()
+    assert f'loading the weights {name}, trained on cifar10' in caplog.text
+    caplog.clear()
+    tagged = timm.create_model(name, pretrained=True).eval()
+    assert not caplog.text
+    weights = load_file(shipped_folder(name) / 'model.safetensors')
+    for one in (model, tagged):
+        assert one.num_classes == 10 and one.pretrained_cfg['input_size'] == (3, 32, 32)
+        assert one.pretrained_cfg['label_names'][3] == 'cat' and one.pretrained_cfg['tag'] == 'netaug_cifar10'
+        assert all(torch.equal(t, weights[k]) for k, t in one.state_dict().items())
+    x = images(2, 32)
+    assert torch.equal(model(x), tagged(x))
+    scripted = timm.create_model(pretrained=True, **timm.models.resolve_model_input_args(name.split('.')[0], {})).eval()
+    assert torch.equal(model(x), scripted(x)) and scripted.pretrained_cfg['input_size'] == (3, 32, 32)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_without_weights(name, caplog, tmp_path):
+    """A bare model is the paper's, whatever weights there are; so is one with weights from elsewhere."""
+    size = PAPER_SIZES.get(name, 160)
+    model = timm.create_model(name)
+    assert model.num_classes == 1000 and model.pretrained_cfg['input_size'] == (3, size, size)
+    assert model.pretrained_cfg['architecture'] == name and not model.pretrained_cfg.get('label_names')
+    arguments = timm.models.resolve_model_input_args(name, {})  # as timm's own scripts build it
+    assert timm.create_model(**arguments).num_classes == 1000
+    weights = timm.create_model(name, num_classes=10).state_dict()
+    file = tmp_path / 'model.safetensors'
+    save_file(weights, file)
+    given = timm.create_model(
+        name, pretrained=True, num_classes=10, pretrained_cfg_overlay=dict(file=str(file), num_classes=10))
+    assert given.pretrained_cfg['input_size'] == (3, size, size) and not given.pretrained_cfg.get('label_names')
+    assert all(torch.equal(t, weights[k]) for k, t in given.state_dict().items())
+    assert not caplog.text
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+def test_folder_in_hfconfigs(name):
+    """What hfconfigs/ says is what ships, and a repository's file is small enough to live in it."""
+    folder = shipped_folder(name)
+    assert (folder / 'config.json').read_bytes() == (ROOT / 'hfconfigs' / name / 'config.json').read_bytes()
+    assert sorted(p.name for p in folder.iterdir()) == ['config.json', 'model.safetensors']
+    assert (folder / 'model.safetensors').stat().st_size < 8 * 2 ** 20
+    facts = json.loads((folder / 'config.json').read_text())['timm_netaug']
+    assert facts['images'] == 10000 and facts['metrics']['top1'] > 40
+    assert '--netaug' in facts['command'] and facts['dataset_terms']
+
+
+def test_clean_offline_machine(tmp_path):
+    """No network, no cache, another folder: every socket is refused."""
+    code = (
+        'import socket\n'
+        'def refuse(*args, **kwargs): raise AssertionError("a connection")\n'
+        'socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n'
+        'import timm, timm_netaug\n'
+        'names = timm.list_models("netaug_*", pretrained=True)\n'
+        'assert names\n'
+        'for name in names: assert timm.create_model(name, pretrained=True).num_classes == 10\n')
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'TORCH_', 'XDG_'))}
+    env.update(HOME=str(tmp_path), PYTHONPATH=str(ROOT))
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, check=True)
+
+
+def test_push(tmp_path):
+    """The folder that the Hub gets of shipped weights, by their name."""
+    name = 'netaug_mbv2_tiny.netaug_cifar10'
+    run_python('-m', 'timm_netaug.hub', 'push', name, f'OWNER/{name}', '--dry-run', tmp_path / 'out')
+    there = shipped_folder(name)
+    digests = [hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest()
+               for folder in (there, tmp_path / 'out')]
+    assert digests[0] == digests[1]
+    assert (tmp_path / 'out/README.md').read_text() == (ROOT / 'hfconfigs' / name / 'README.md').read_text()
+
+
+def test_new_head(tmp_path):
+    """Fine-tuning from them: the classifier is a new one, and an exported model has no path of this package in it."""
+    model = timm.create_model('netaug_mbv2_tiny', pretrained=True, num_classes=7)
+    assert model.classifier.out_features == 7
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    assert str(ROOT) not in (tmp_path / 'config.json').read_text()

@@ -1,0 +1,29 @@
+"""Trained weights that come with the package: a folder `weights/ARCH.TAG/` for each, as `export_folder` writes it."""
+import json
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+__all__ = ['shipped_cfgs', 'shipped_folder']
+
+_WEIGHTS = Path(__file__).parent / 'weights'
+
+
+def shipped_folder(name: str) -> Optional[Path]:
+    """Return the folder of the weights that ARCH.TAG names, None where there are none."""
+    folder = _WEIGHTS / name
+    return folder if '.' in name and Path(name).name == name and folder.is_dir() else None
+
+
+def shipped_cfgs() -> Dict[str, Dict[str, Any]]:
+    """Return timm's pretrained configs of the shipped weights by ARCH.TAG, as their `config.json` has them."""
+    cfgs = {}
+    for file in sorted(_WEIGHTS.glob('*/config.json')):
+        config = json.loads(file.read_text(encoding='utf-8'))
+        cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in config['pretrained_cfg'].items() if k != 'tag'}
+        cfgs[file.parent.name] = dict(
+            cfg,
+            file=str(file.with_name('model.safetensors')),
+            label_names=config['label_names'],
+            description=config['timm_netaug']['dataset'],
+        )
+    return cfgs
