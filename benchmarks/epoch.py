@@ -2,6 +2,7 @@
 """Time a whole epoch of `train.py`, from JPEG files to the optimizer's step: plain and with NetAug, in turn.
 
     python benchmarks/epoch.py --data-dir DATA --num-classes 10 --img-size 32 -j 2
+    python benchmarks/epoch.py --data-dir DATA --device cuda --amp --amp-dtype bfloat16 --channels-last -j 16
 
 Loader, task, optimizer and loop are those that `train.py` builds of the same flags (further flags of it are passed on).
 Reported are images per second, the share of the time in which the loop waits for data, and the time of each epoch over
@@ -13,8 +14,10 @@ import logging
 import os
 import statistics
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Dict, List
+from unittest import mock
 
 import torch
 from step import machine
@@ -22,16 +25,18 @@ from timm.data import resolve_input_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import random_seed
 
-import timm_netaug  # noqa: F401  (registers the models)
+from timm_netaug.norm_act import FUSED
 from timm_netaug.scripts.args import check_train_args, netaug_config, parse_args, train_parser
 from timm_netaug.scripts.build import set_up_model, set_up_task, to_train
 from timm_netaug.scripts.device import mixed_precision
 from timm_netaug.scripts.loaders import set_up_loaders
 from timm_netaug.scripts.train import set_up_device, set_up_lr, train_one_epoch
 
+BEFORE = 'netaug, as the layers of PyTorch have it'  # contiguous, one backward pass of the sum, as in step.py
 CONTENDERS = {
     'plain': [],
     'plain, channels-last': ['--channels-last'],
+    BEFORE: ['--netaug'],
     'netaug': ['--netaug'],
     'netaug, expansions alone': ['--netaug', '--netaug-stop-width-at', '0'],
 }
@@ -65,7 +70,20 @@ class Timed:
 class Contender:
     """What `train.py` trains, of a command line."""
 
-    def __init__(self, flags: List[str], batches: int):
+    def __init__(self, flags: List[str], batches: int, before: bool):
+        self.before = before
+        with self.as_it_was():
+            self._set_up(flags, batches)
+
+    def as_it_was(self) -> ExitStack:
+        stack = ExitStack()
+        if self.before:
+            stack.enter_context(mock.patch.dict(FUSED, clear=True))
+            for module in ('build', 'train'):
+                stack.enter_context(mock.patch(f'timm_netaug.scripts.{module}.uses_channels_last', lambda args: False))
+        return stack
+
+    def _set_up(self, flags: List[str], batches: int) -> None:
         parser = train_parser()
         self.args = args = parse_args(parser, flags)
         check_train_args(parser, args)
@@ -80,14 +98,15 @@ class Contender:
         self.task = set_up_task(args, model, None, data_config, self.device, torch.float32)
         self.optimizer = create_optimizer_v2(self.task.get_trainable_module(), **optimizer_kwargs(cfg=args))
         if config is not None:
-            self.task.early_backward = True
+            self.task.early_backward = not self.before
             self.task.start_epoch(0, 100)
 
     def epoch(self, number: int) -> Dict[str, float]:
         start = time.perf_counter()
-        train_one_epoch(
-            0, self.task, self.loader, self.optimizer, self.args, self.device,
-            autocast=mixed_precision(self.args, self.device), updates_per_epoch=len(self.loader))
+        with self.as_it_was():
+            train_one_epoch(
+                0, self.task, self.loader, self.optimizer, self.args, self.device,
+                autocast=mixed_precision(self.args, self.device), updates_per_epoch=len(self.loader))
         if self.device.type == 'cuda':
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -107,7 +126,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     logging.disable(logging.INFO)
     common = ['--data-dir', args.data_dir, '--model', args.model, '--device', args.device, '--log-interval', '1000000', *flags]
-    contenders = {name: Contender([*common, *more], args.batches) for name, more in CONTENDERS.items()}
+    contenders = {
+        name: Contender([*common, *more], args.batches, name == BEFORE) for name, more in CONTENDERS.items()}
     rows: Dict[str, List[Dict[str, float]]] = {name: [] for name in contenders}
     for repeat in range(-1, args.repeats):  # the first ones warm up
         for name, contender in contenders.items():

@@ -3,8 +3,8 @@
 
     python benchmarks/inference.py --model mobilenetv2_035 --img-size 160
 
-Both run in turn, so that a machine that slows down slows both. Reported are medians with quartiles, the ratio, the bytes
-of the tensors, and on a GPU the memory in use at its peak.
+Both run in turn, so that a machine that slows down slows both. Reported are medians with quartiles, the ratio, the
+bytes of the tensors, and on a GPU the memory in use at its peak.
 """
 import argparse
 import statistics
