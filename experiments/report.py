@@ -54,9 +54,10 @@ def spread(values: List[float], digits: int = 1) -> str:
 
 
 def reference(row: Row, rows: List[Row]) -> Optional[Row]:
-    """Return the row that a row's cost is relative to: `plain`, or the `plain` of its model."""
+    """Return the row without NetAug that a row's cost is relative to: `plain`, or that of its model."""
     names = {r.name: r for r in rows}
-    return names.get(row.name.partition('-')[0] + '-plain', names.get('plain'))
+    model = row.name.partition('-')[0]
+    return next((names[name] for name in (f'{model}-plain', 'plain', f'{model}-init') if name in names), None)
 
 
 def cost(row: Row, rows: List[Row]) -> Optional[float]:

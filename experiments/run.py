@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Run experiments: lists of `train.py` command lines, with seeds. What is done is skipped, what is not is resumed.
 
-    python experiments/run.py experiments/cifar10_20k.yaml --data-dir CIFAR10 --jobs 2
+    python experiments/run.py experiments/cifar10_20k.yaml --data-dir CIFAR10
     python experiments/run.py experiments/cifar10_20k.yaml --list
 
-Runs and checkpoints go to experiments/runs/. When a run is complete, its `summary.csv` and what it cost are copied to
-experiments/results/, which is committed; `experiments/report.py` makes tables and pictures of them.
+A run has one thread: to have several side by side, start this command several times. Runs and checkpoints go to
+experiments/runs/. When a run is complete, its `summary.csv` and what it cost are copied to experiments/results/, which
+is committed; `experiments/report.py` makes tables and pictures of them.
 """
 import argparse
 import csv
@@ -17,10 +18,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import IO, Any, Dict, List, Optional, Set
+from typing import IO, Any, Dict, List, Optional
 
 import yaml
 
@@ -34,7 +34,7 @@ class Run:
     experiment: str
     row: str
     seed: int
-    flags: Dict[str, Any] = dataclasses.field(hash=False)
+    flags: Dict[str, Any]
     variant: Optional[str] = None  # of experiments/variants.py
     images_per_class: Optional[int] = None
 
@@ -88,25 +88,34 @@ def subset(data_dir: str, images_per_class: Optional[int]) -> str:
     """Return a data set with the first images of every class, by name, in train, and the whole validation split."""
     if images_per_class is None:
         return data_dir
-    root = HERE / 'runs' / 'data' / f'{os.path.basename(os.path.abspath(data_dir))}-{images_per_class}'
+    source = Path(data_dir).resolve()
+    root = HERE / 'runs' / 'data' / f'{source.name}-{images_per_class}'
     if not root.exists():
-        aside = Path(f'{root}.aside')
-        shutil.rmtree(aside, ignore_errors=True)
-        for folder in sorted(Path(data_dir, 'train').iterdir()):
+        aside = Path(f'{root}.{os.getpid()}')
+        for folder in sorted((source / 'train').iterdir()):
             (aside / 'train' / folder.name).mkdir(parents=True)
             for image in sorted(folder.iterdir())[:images_per_class]:
                 (aside / 'train' / folder.name / image.name).symlink_to(image.resolve())
-        (aside / 'validation').symlink_to(Path(data_dir, 'validation').resolve())
+        (aside / 'validation').symlink_to(source / 'validation')
         aside.rename(root)
+    if (root / 'validation').resolve() != (source / 'validation').resolve():
+        sys.exit(f'{root} was made from {(root / "validation").resolve().parent}: delete it to use {source}.')
     return str(root)
 
 
 def done(run: Run) -> bool:
-    return run.result.exists()
+    """Return whether the result of a run is there; one of another command line ends the program."""
+    if not run.result.exists():
+        return False
+    facts = json.loads(run.result.with_suffix('.json').read_text())
+    now = shlex.join(command(run, 'DATA', f'experiments/runs/{run.experiment}'))
+    if (facts['command'], facts['images_per_class']) != (now, run.images_per_class):
+        sys.exit(f'{run.result} is of another command line than its row now has: delete it, or restore the row.')
+    return True
 
 
 def take(run: Run) -> Optional[IO]:
-    """Return a lock on a run, None where another process works at it."""
+    """Return a lock on a run, None where another process works at it or has just completed it."""
     folder = HERE / 'runs' / run.experiment / run.name
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / 'lock', 'w')
@@ -115,49 +124,54 @@ def take(run: Run) -> Optional[IO]:
     except OSError:
         lock.close()
         return None
+    if done(run):
+        lock.close()
+        return None
     return lock
 
 
-def execute(run: Run, data_dir: str) -> bool:
+def execute(run: Run, data_dir: str, lock: IO) -> bool:
     """Run or resume a training to its end, and copy its results; returns whether that worked."""
     output = HERE / 'runs' / run.experiment
     folder = output / run.name
     words = command(run, data_dir, str(output))
-    last, costs = folder / 'last.pth.tar', folder / 'cost.jsonl'  # a line for every start
-    if last.exists():
-        words += ['--resume', str(last)]
-        if not costs.exists():  # this program was killed, too, so that nobody knows what those epochs took
-            costs.write_text('{"cpu_seconds": null, "seconds": null}\n')
+    if (folder / 'last.pth.tar').exists():
+        words += ['--resume', str(folder / 'last.pth.tar')]
+    cost_file = folder / 'cost.jsonl'  # a line for every start, unknown while it runs and where this program was killed
+    costs = [json.loads(line) for line in cost_file.read_text().splitlines()] if cost_file.exists() else []
+    costs.append(dict(cpu_seconds=None, seconds=None))
+    cost_file.write_text(''.join(json.dumps(c) + '\n' for c in costs))
     start = time.time()
     with open(folder / 'log.txt', 'a') as log:
-        process = subprocess.Popen(
-            [sys.executable, *words[1:]], cwd=HERE.parent, stdout=log, stderr=log,
+        process = subprocess.Popen(  # it holds the lock, too: it may outlive this program
+            [sys.executable, *words[1:]], cwd=HERE.parent, stdout=log, stderr=log, pass_fds=(lock.fileno(),),
             env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(HERE.parent)})
-        _, status, usage = os.wait4(process.pid, 0)
-    cost = dict(cpu_seconds=usage.ru_utime + usage.ru_stime, seconds=time.time() - start)
-    with open(costs, 'a') as f:
-        f.write(json.dumps(cost) + '\n')
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except KeyboardInterrupt:  # the training has had it, too, and saves
+            os.wait4(process.pid, 0)
+            sys.exit(130)
+    costs[-1] = dict(cpu_seconds=usage.ru_utime + usage.ru_stime, seconds=time.time() - start)
+    cost_file.write_text(''.join(json.dumps(c) + '\n' for c in costs))
     summary = folder / 'summary.csv'
     epochs = len(list(csv.DictReader(summary.open()))) if summary.exists() else 0
     if os.waitstatus_to_exitcode(status) or epochs < run.epochs:
         print(f'{run.experiment}/{run.name} ended after {epochs} of {run.epochs} epochs: see {folder / "log.txt"}')
         return False
     run.result.parent.mkdir(parents=True, exist_ok=True)
-    starts = [json.loads(line) for line in costs.read_text().splitlines()]
-    total = {k: None if any(s[k] is None for s in starts) else round(sum(s[k] for s in starts), 1) for k in cost}
     versions = json.loads((folder / 'versions.json').read_text())
     facts = dict(
-        command=shlex.join(command(run, 'DATA', 'experiments/runs/' + run.experiment)),
+        command=shlex.join(command(run, 'DATA', f'experiments/runs/{run.experiment}')),
         images_per_class=run.images_per_class,
-        starts=len(starts),
-        **total,
+        starts=len(costs),
+        **{k: None if any(c[k] is None for c in costs) else round(sum(c[k] for c in costs), 1) for k in costs[0]},
         versions={k: v for k, v in versions.items() if k != 'command'},
     )
     run.result.with_suffix('.json').write_text(json.dumps(facts, indent=2) + '\n')
     aside = run.result.with_suffix('.aside')
     shutil.copyfile(summary, aside)
     aside.rename(run.result)
-    print(f'{run.experiment}/{run.name}: {cost["seconds"]:.0f} s', flush=True)
+    print(f'{run.experiment}/{run.name}: {costs[-1]["seconds"]:.0f} s', flush=True)
     return True
 
 
@@ -166,45 +180,34 @@ def main() -> None:
     parser.add_argument('experiments', nargs='+', metavar='YAML')
     parser.add_argument('--data-dir', metavar='DIR', help='folder with train/CLASS/ and validation/CLASS/')
     parser.add_argument('--rows', nargs='+', metavar='ROW', help='these alone')
-    parser.add_argument('--jobs', type=int, default=1, help='runs side by side, a thread each')
     parser.add_argument('--list', action='store_true', help='print the command lines that are left, and run nothing')
     args = parser.parse_args()
-    runs = [run for path in args.experiments for run in read_experiment(path)]
-    unknown = set(args.rows or ()) - {run.row for run in runs}
-    if unknown:
-        parser.error(f'there are no rows {", ".join(sorted(unknown))}')
-    todo = [run for run in runs if not done(run) and (not args.rows or run.row in args.rows)]
+
+    def chosen() -> List[Run]:
+        runs = [run for path in args.experiments for run in read_experiment(path)]
+        unknown = set(args.rows or ()) - {run.row for run in runs}
+        if unknown:
+            parser.error(f'there are no rows {", ".join(sorted(unknown))}')
+        return [run for run in runs if not args.rows or run.row in args.rows]
+
+    todo = [run for run in chosen() if not done(run)]
+    print(f'{len(todo)} of {len(chosen())} runs are left.', file=sys.stderr, flush=True)
     if args.list:
         print('\n'.join(shlex.join(command(run, 'DATA', f'experiments/runs/{run.experiment}')) for run in todo))
         return
     if not args.data_dir:
         parser.error('--data-dir is missing')
-    print(f'{len(runs) - len(todo)} of {len(runs)} runs are done or left out.', flush=True)
-    failed: Set[Run] = set()
-    turn = threading.Lock()
-
-    def work() -> None:
-        while True:
-            with turn:  # the files are read anew for each run, so that rows can be added meanwhile
-                runs = [run for path in args.experiments for run in read_experiment(path)]
-                todo = (run for run in runs if not (done(run) or run in failed)
-                        and (not args.rows or run.row in args.rows))
-                run, lock = next(((run, lock) for run in todo for lock in [take(run)] if lock), (None, None))
-                if run is not None:
-                    data_dir = subset(args.data_dir, run.images_per_class)
-            if run is None:
-                return
-            with lock:
-                if not execute(run, data_dir):
-                    failed.add(run)
-
-    workers = [threading.Thread(target=work) for _ in range(args.jobs)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    failed: List[Run] = []
+    while True:  # the files are read anew for each run, so that rows can be added meanwhile
+        todo = (run for run in chosen() if not done(run) and run not in failed)
+        run, lock = next(((run, lock) for run in todo for lock in [take(run)] if lock), (None, None))
+        if run is None:
+            break
+        with lock:
+            if not execute(run, subset(args.data_dir, run.images_per_class), lock):
+                failed.append(run)
     if failed:
-        sys.exit(f'{len(failed)} runs are not complete: {", ".join(sorted(run.name for run in failed))}')
+        sys.exit(f'{len(failed)} runs are not complete: {", ".join(run.name for run in failed)}')
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ from timm_netaug import hub  # noqa: E402
 TAG = 'netaug_cifar10'
 SHIPPED = {  # model -> experiment and row, of which seed 0 ships
     'netaug_mbv2_tiny': ('cifar10_20k', 'netaug-expand'),
-    **{name: ('cifar10', f'{name}-netaug')
+    **{name: ('cifar10', f'{name}-expand')
        for name in ('netaug_mbv2_035', 'netaug_mbv3_035', 'netaug_proxylessnas_035', 'netaug_mcunet')},
 }
 
