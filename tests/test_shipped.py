@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import MODELS, ROOT, images, run_python
+from timm_netaug import hub
 from timm_netaug.shipped import shipped_cfgs, shipped_folder
 
 SHIPPED = sorted(shipped_cfgs())
@@ -20,7 +21,7 @@ PAPER_SIZES = {'netaug_mbv2_tiny': 144, 'netaug_mcunet': 176}
 def test_names():
     assert SHIPPED and set(SHIPPED) <= {f'{name}.netaug_cifar10' for name in MODELS}
     assert timm.list_models('netaug_*', pretrained=True) == SHIPPED
-    assert shipped_folder('netaug_mbv2_tiny') is None and shipped_folder('../weights/a.b') is None
+    assert shipped_folder('netaug_mbv2_tiny') is None and shipped_folder('../weights/a.b') is None and shipped_folder('..') is None
 
 
 @pytest.mark.parametrize('name', SHIPPED)
@@ -97,6 +98,17 @@ def test_push(tmp_path):
                for folder in (there, tmp_path / 'out')]
     assert digests[0] == digests[1]
     assert (tmp_path / 'out/README.md').read_text() == (ROOT / 'hfconfigs' / name / 'README.md').read_text()
+
+
+def test_push_prefers_what_is_there(tmp_path, monkeypatch):
+    """A folder of that name in the working directory is meant, not the shipped weights."""
+    name = 'netaug_mbv2_tiny.netaug_cifar10'
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['hub', 'push', name, f'OWNER/{name}', '--dry-run', 'out'])
+    with pytest.raises(SystemExit):
+        hub.main()
+    assert not (tmp_path / 'out').exists()
 
 
 def test_new_head(tmp_path):

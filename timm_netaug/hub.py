@@ -26,7 +26,7 @@ from .export import export_folder
 from .fetch import CONFIG, PICKLE, WEIGHTS, fetch, hub_errors, load_folder
 from .scripts import validate
 from .scripts.args import check_validate_args, parse_args, validate_parser
-from .shipped import shipped_folder
+from .shipped import shipped_cfgs, shipped_folder
 
 __all__ = ['main']
 
@@ -54,7 +54,8 @@ def _move_files(folder: Path, out_dir: str) -> None:
 
 def _write_folder(args: argparse.Namespace, folder: Path) -> Tuple[nn.Module, Dict[str, Any]]:
     """Write weights and config of what `push` names; returns its model and the facts that are known of it."""
-    source = str(shipped_folder(args.checkpoint) or args.checkpoint)
+    source = args.checkpoint if os.path.exists(args.checkpoint) else str(
+        shipped_folder(args.checkpoint) or args.checkpoint)
     if os.path.isdir(source):
         if args.model or args.use_ema:
             raise UserError(f'{source} is an exported folder, which has one model: leave --model and --use-ema out.')
@@ -63,7 +64,8 @@ def _write_folder(args: argparse.Namespace, folder: Path) -> Tuple[nn.Module, Di
             shutil.copyfile(Path(source, name), folder / name)
         return model, known_facts(json.loads((folder / CONFIG).read_text(encoding='utf-8')))
     if not os.path.isfile(source):
-        raise UserError(f'There is no checkpoint and no folder {source}.')
+        shipped = ', '.join(shipped_cfgs())
+        raise UserError(f'There is no checkpoint and no folder {source}, and the weights that ship are {shipped}.')
     try:
         checkpoint = read_checkpoint(source)
     except UserError:
@@ -105,6 +107,10 @@ def _baseline(path: str, facts: Mapping[str, Any]) -> Dict[str, float]:
     if baseline['command'] != without_netaug(facts.get('command', [])):
         raise UserError(f'--baseline: {path} is not of the same training without NetAug; it was trained with:'
                         f' {" ".join(baseline["command"])}')
+    for key in ('processes', 'evaluated_with'):
+        if baseline.get(key) != facts.get(key):
+            raise UserError(f'--baseline: {path} is not of the same training without NetAug: {key} is'
+                            f' {baseline.get(key)} there and {facts.get(key)} here.')
     if 'metrics' not in baseline:
         raise UserError(f'--baseline: {path} has no accuracy on record.')
     return baseline['metrics']

@@ -10,8 +10,7 @@ _WEIGHTS = Path(__file__).parent / 'weights'
 
 def shipped_folder(name: str) -> Optional[Path]:
     """Return the folder of the weights that ARCH.TAG names, None where there are none."""
-    folder = _WEIGHTS / name
-    return folder if '.' in name and Path(name).name == name and folder.is_dir() else None
+    return next((file.parent for file in _WEIGHTS.glob('*/config.json') if file.parent.name == name), None)
 
 
 def shipped_cfgs() -> Dict[str, Dict[str, Any]]:

@@ -84,8 +84,10 @@ class NetAugTask(ClassificationTask):
         seed: The sub-network of a step is a function of it and of the step's number, the same on all ranks.
         early_backward: Take the gradient of the tiny network's loss before the augmented pass, so that the activations
             of one pass at a time are in memory. It reaches the parameters in `backward` all the same, but 'output'
-            leads nowhere then. Not done with `NetAugConfig.distill`, nor under float16 autocast, where the loss has to
-            be scaled first. Optimizers of second order need False.
+            leads nowhere then. Not done with `NetAugConfig.distill`; under float16 autocast, where the loss has to be
+            scaled first; where hooks watch parameters, which would see two gradients; nor with DistributedDataParallel's
+            static_graph. Optimizers of second order need False. The sums are the same to the last bit unless `loss`
+            is scaled by something else than a power of two before `backward`, which rounds once more.
         device: Device for task tensors/buffers
         dtype: Dtype for task tensors/buffers
         verbose: Enable info logging
@@ -239,13 +241,14 @@ class NetAugTask(ClassificationTask):
         """Return the tiny network's loss with its gradient computed, where that may be done ahead of `backward`."""
         half = torch.is_autocast_enabled(input.device.type) and (
             torch.get_autocast_dtype(input.device.type) is torch.float16)
-        known = (
+        parameters = {k: p for k, p in self.supernet.named_parameters() if p.requires_grad}
+        possible = (
             self.early_backward and loss.requires_grad and not self.supernet.netaug_config.distill and not half
-            and not input.requires_grad)
-        if not known:
+            and not input.requires_grad and not getattr(self.trainable_module, 'static_graph', False)
+            and not any(p._backward_hooks for p in parameters.values()))
+        if not possible:
             return loss
         layout = self.supernet.layout
-        parameters = {k: p for k, p in self.supernet.named_parameters() if p.requires_grad}
         slices = [leading_slices(layout.axes.get(k, {}), layout.tiny, p.ndim) for k, p in parameters.items()]
         grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         known = [None if g is None else g[s].clone() for g, s in zip(grads, slices)]
