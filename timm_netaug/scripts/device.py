@@ -37,8 +37,8 @@ def choose_device(args: Any, logger: logging.Logger) -> None:
 def keep_memory() -> None:
     """Let the C library keep freed memory for the next tensors of this process (on Linux with glibc, else nothing).
 
-    By itself it hands tensors of 32 MiB and more back at once, and the system clears their pages anew for each, which
-    takes a good part of the time of wide sub-networks (docs/performance.md).
+    By itself it hands tensors of 32 MiB and more back at once, and the system clears their pages anew for each
+    (docs/performance.md has what that costs).
     """
     if sys.platform != 'linux':
         return
