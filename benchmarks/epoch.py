@@ -125,7 +125,8 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     torch.set_num_threads(args.threads)
     logging.disable(logging.INFO)
-    common = ['--data-dir', args.data_dir, '--model', args.model, '--device', args.device, '--log-interval', '1000000', *flags]
+    common = [
+        '--data-dir', args.data_dir, '--model', args.model, '--device', args.device, '--log-interval', '1000000', *flags]
     contenders = {
         name: Contender([*common, *more], args.batches, name == BEFORE) for name, more in CONTENDERS.items()}
     rows: Dict[str, List[Dict[str, float]]] = {name: [] for name in contenders}

@@ -85,9 +85,9 @@ class NetAugTask(ClassificationTask):
         early_backward: Take the gradient of the tiny network's loss before the augmented pass, so that the activations
             of one pass at a time are in memory. It reaches the parameters in `backward` all the same, but 'output'
             leads nowhere then. Not done with `NetAugConfig.distill`; under float16 autocast, where the loss has to be
-            scaled first; where hooks watch parameters, which would see two gradients; nor with DistributedDataParallel's
-            static_graph. Optimizers of second order need False. The sums are the same to the last bit unless `loss`
-            is scaled by something else than a power of two before `backward`, which rounds once more.
+            scaled first; where hooks watch parameters, which would see two gradients; nor with the static_graph of
+            DistributedDataParallel. Optimizers of second order need False. The sums are the same to the last bit unless
+            `loss` is scaled by something else than a power of two before `backward`, which rounds once more.
         device: Device for task tensors/buffers
         dtype: Dtype for task tensors/buffers
         verbose: Enable info logging
