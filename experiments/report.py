@@ -4,7 +4,7 @@
     python experiments/report.py
 
 Accuracies are those after the last epoch, never the best of all. `cost` is the processor time of a run (data loading
-and validation included, one thread), relative to the mean of the row `plain`.
+and validation included, one thread), relative to the mean of its unit: the row that its YAML file names, or MODEL-init.
 """
 import csv
 import json
@@ -27,6 +27,7 @@ class Row(NamedTuple):
     epochs: int
     curves: List[List[dict]]  # of each seed: its summary
     cpu_seconds: List[float]  # of those of which it is known
+    unit: str  # name of the row that its cost is relative to
 
     def last(self, column: str) -> List[float]:
         return [float(curve[-1][column]) for curve in self.curves]
@@ -34,7 +35,8 @@ class Row(NamedTuple):
 
 def read(path: Path) -> List[Row]:
     """Return the rows of an experiment of which a run at least is done."""
-    rows = yaml.safe_load(path.read_text())['rows']
+    content = yaml.safe_load(path.read_text())
+    rows = content['rows']
     runs: Dict[str, List[Run]] = {name: [] for name in rows}
     for run in read_experiment(str(path)):
         if done(run):
@@ -42,7 +44,8 @@ def read(path: Path) -> List[Row]:
     return [
         Row(name, rows[name]['about'], these[0].epochs,
             [list(csv.DictReader(run.result.open())) for run in these],
-            [c for run in these if (c := json.loads(run.result.with_suffix('.json').read_text())['cpu_seconds'])])
+            [c for run in these if (c := json.loads(run.result.with_suffix('.json').read_text())['cpu_seconds'])],
+            rows[name].get('unit') or content.get('unit') or name.partition('-')[0] + '-init')
         for name, these in runs.items() if these
     ]
 
@@ -53,27 +56,21 @@ def spread(values: List[float], digits: int = 1) -> str:
     return text if len(values) == 1 else f'{text} ± {statistics.stdev(values):.{digits}f}'
 
 
-def reference(row: Row, rows: List[Row]) -> Optional[Row]:
-    """Return the row without NetAug that a row's cost is relative to: `plain`, or that of its model."""
-    names = {r.name: r for r in rows}
-    model = row.name.partition('-')[0]
-    return next((names[name] for name in (f'{model}-plain', 'plain', f'{model}-init') if name in names), None)
-
-
 def cost(row: Row, rows: List[Row]) -> Optional[float]:
-    unit = reference(row, rows)
-    if not unit or not unit.cpu_seconds or not row.cpu_seconds:
+    unit = next((r.cpu_seconds for r in rows if r.name == row.unit), None)
+    if not unit or not row.cpu_seconds:
         return None
-    return statistics.mean(row.cpu_seconds) / statistics.mean(unit.cpu_seconds)
+    return statistics.mean(row.cpu_seconds) / statistics.mean(unit)
 
 
 def table(rows: List[Row]) -> str:
     lines = ['| row | what | epochs | seeds | top-1 | top-1 in training | cost |', '|---|---|---|---|---|---|---|']
     for row in rows:
         relative = cost(row, rows)
+        known = '' if len(row.cpu_seconds) == len(row.curves) else f' ({len(row.cpu_seconds)} of the seeds)'
         top1, in_training = (spread(row.last(column)) for column in ('eval_top1', 'train_top1'))
         lines.append(f'| `{row.name}` | {row.about} | {row.epochs} | {len(row.curves)} | {top1} | {in_training} |'
-                     f' {"" if relative is None else f"{relative:.2f}"} |')
+                     f' {"" if relative is None else f"{relative:.2f}{known}"} |')
     return '\n'.join(lines)
 
 
@@ -95,11 +92,11 @@ def pictures(experiment: str, rows: List[Row], shown: List[str]) -> None:
         if relative is None:
             continue
         accuracies = row.last('eval_top1')
-        costs.errorbar(relative, statistics.mean(accuracies), statistics.stdev(accuracies) if len(accuracies) > 1 else 0,
-                       fmt='o', capsize=3)
+        deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0
+        costs.errorbar(relative, statistics.mean(accuracies), deviation, fmt='o', capsize=3)
         costs.annotate(row.name, (relative, statistics.mean(accuracies)), fontsize=7, xytext=(4, 4),
                        textcoords='offset points')
-    costs.set_xlabel('processor time, in plain runs')
+    costs.set_xlabel('processor time, in runs without NetAug')
     costs.set_ylabel('top-1 after the last epoch, %')
     PICTURES.mkdir(exist_ok=True)
     figure.savefig(PICTURES / f'{experiment}.png', dpi=110)

@@ -16,6 +16,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -56,7 +57,7 @@ def read_experiment(path: str) -> List[Run]:
     content = yaml.safe_load(Path(path).read_text())
     runs = []
     for row, fields in content['rows'].items():
-        unknown = set(fields) - {'about', 'flags', 'seeds', 'variant', 'images_per_class'}
+        unknown = set(fields) - {'about', 'flags', 'seeds', 'variant', 'images_per_class', 'unit'}
         if unknown:
             sys.exit(f'{path}: the row {row} has unknown fields: {", ".join(sorted(unknown))}.')
         for seed in fields.get('seeds', [0]):
@@ -97,7 +98,10 @@ def subset(data_dir: str, images_per_class: Optional[int]) -> str:
             for image in sorted(folder.iterdir())[:images_per_class]:
                 (aside / 'train' / folder.name / image.name).symlink_to(image.resolve())
         (aside / 'validation').symlink_to(source / 'validation')
-        aside.rename(root)
+        try:
+            aside.rename(root)
+        except OSError:  # another process was faster
+            shutil.rmtree(aside)
     if (root / 'validation').resolve() != (source / 'validation').resolve():
         sys.exit(f'{root} was made from {(root / "validation").resolve().parent}: delete it to use {source}.')
     return str(root)
@@ -135,8 +139,14 @@ def execute(run: Run, data_dir: str, lock: IO) -> bool:
     output = HERE / 'runs' / run.experiment
     folder = output / run.name
     words = command(run, data_dir, str(output))
+    started = folder / 'command.txt'
     if (folder / 'last.pth.tar').exists():
+        if started.exists() and started.read_text() != shlex.join(words):
+            print(f'{run.experiment}/{run.name} was begun with another command line: delete {folder} to begin anew.')
+            return False
         words += ['--resume', str(folder / 'last.pth.tar')]
+    else:
+        started.write_text(shlex.join(words))
     cost_file = folder / 'cost.jsonl'  # a line for every start, unknown while it runs and where this program was killed
     costs = [json.loads(line) for line in cost_file.read_text().splitlines()] if cost_file.exists() else []
     costs.append(dict(cpu_seconds=None, seconds=None))
@@ -149,10 +159,11 @@ def execute(run: Run, data_dir: str, lock: IO) -> bool:
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except KeyboardInterrupt:  # the training has had it, too, and saves
-            os.wait4(process.pid, 0)
-            sys.exit(130)
+            _, status, usage = os.wait4(process.pid, 0)
     costs[-1] = dict(cpu_seconds=usage.ru_utime + usage.ru_stime, seconds=time.time() - start)
     cost_file.write_text(''.join(json.dumps(c) + '\n' for c in costs))
+    if os.waitstatus_to_exitcode(status) in (-signal.SIGINT, 128 + signal.SIGINT):
+        sys.exit(130)
     summary = folder / 'summary.csv'
     epochs = len(list(csv.DictReader(summary.open()))) if summary.exists() else 0
     if os.waitstatus_to_exitcode(status) or epochs < run.epochs:

@@ -36,11 +36,12 @@ def main() -> None:
     parser.add_argument('--data-dir', required=True, metavar='DIR', help='folder with validation/CLASS/')
     args = parser.parse_args()
     runs = {(run.row, run.seed): run for run in read_experiment(str(HERE / f'{EXPERIMENT}.yaml'))}
+    missing = []
     for model, row in SHIPPED.items():
         run, twin = runs[row, 0], runs[row.replace('-expand', '-init'), 0]
         checkpoint, baseline = (str(HERE / 'runs' / EXPERIMENT / r.name / 'last.pth.tar') for r in (run, twin))
         if not all(done(r) and os.path.isfile(file) for r, file in ((run, checkpoint), (twin, baseline))):
-            print(f'{model}: {row} or its twin is not done, or its checkpoint is not here.')
+            missing.append(model)
             continue
         name = f'{model}.{TAG}'
         recipe = HERE.parent / 'hfconfigs' / name
@@ -48,7 +49,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             hub.main(['push', checkpoint, f'OWNER/{name}', '--dry-run', folder, '--data-dir', args.data_dir,
                       '--license', 'apache-2.0', '--dataset-name', 'cifar10',
-                      '--dataset-terms', TERMS, '--baseline', baseline])
+                      '--dataset-terms', TERMS, '--baseline', baseline,
+                      '--baseline-about', 'from the same initial weights'])
             for target, files in (
                     (weights, ['model.safetensors', 'config.json']), (recipe, ['config.json', 'README.md'])):
                 target.mkdir(parents=True, exist_ok=True)
@@ -58,6 +60,8 @@ def main() -> None:
         (recipe / 'train.yaml').write_text(
             f'# CIFAR-10 at 32 pixels, the shipped weights of {model} (written by experiments/ship.py):\n'
             f'#   python train.py -c hfconfigs/{name}/train.yaml --data-dir DATA\n{flags}')
+    if missing:
+        sys.exit(f'Not done, or its checkpoint or that of its twin is not here: {", ".join(missing)}')
 
 
 if __name__ == '__main__':

@@ -566,12 +566,21 @@ def test_baseline(run_dir, tmp_path):
     twin = torch.load(run_dir / 'last.pth.tar', weights_only=False)
     twin['args'].netaug, twin['metric'] = False, 12.5
     push = ['-m', 'timm_netaug.hub', 'push', run_dir / 'last.pth.tar', 'OWNER/x',
-            '--baseline', tmp_path / 'twin.pth.tar']
+            '--baseline', tmp_path / 'twin.pth.tar', '--baseline-about', 'of another start']
     torch.save(twin, tmp_path / 'twin.pth.tar')
     run_python(*push, '--dry-run', tmp_path / 'out')
-    assert 'of the same training without NetAug, of one seed | 12.50 % |' in (tmp_path / 'out/README.md').read_text()
+    assert 'of the same training without NetAug (of another start), of one seed | 12.50 % |' in (tmp_path / 'out/README.md').read_text()
     twin['args'].lr = 0.5
     torch.save(twin, tmp_path / 'twin.pth.tar')
     done = run_python(*push, '--dry-run', tmp_path / 'other', check=False)
     assert done.returncode == 1 and 'is not of the same training without NetAug' in done.stderr
     assert not (tmp_path / 'other').exists()
+
+
+def test_baseline_of_more_processes(run_dir, tmp_path):
+    twin = torch.load(run_dir / 'last.pth.tar', weights_only=False)
+    twin['args'].netaug, twin['metric'], twin['args'].world_size = False, 12.5, 2
+    torch.save(twin, tmp_path / 'twin.pth.tar')
+    done = run_python('-m', 'timm_netaug.hub', 'push', run_dir / 'last.pth.tar', 'OWNER/x', '--baseline',
+                      tmp_path / 'twin.pth.tar', '--dry-run', tmp_path / 'out', check=False)
+    assert done.returncode == 1 and 'processes is 2 there and 1 here' in done.stderr

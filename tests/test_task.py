@@ -262,6 +262,16 @@ def test_early_backward_with_hooks():
     assert len(seen) == 1 and torch.equal(seen[0], parameter.grad)
 
 
+def test_early_backward_with_static_graph():
+    """DistributedDataParallel counts on the same graph in every step, which a gradient taken ahead would cut in two."""
+    task = make_task(early_backward=True)
+    task.trainable_module.static_graph = True
+    assert task(images(), labels())['output'].requires_grad
+    loss = task(images(), labels())['loss']
+    loss.backward()
+    assert not any('KnownGradient' in type(f).__name__ for f, _ in loss.grad_fn.next_functions)
+
+
 def test_early_backward_where_it_can_not_be():
     """Nothing is lost where the gradient is not to be taken ahead: by distillation, or of the second order."""
     grads = []

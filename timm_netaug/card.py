@@ -16,7 +16,7 @@ from .scripts.args import FREE_FLAGS, train_parser
 __all__ = ['facts_of_run', 'known_facts', 'model_card', 'without_netaug']
 
 _FACTS = dict(command=list, processes=int, evaluated_with=list, epoch=int, epochs=int, metrics=dict, images=int,
-              dataset=str, dataset_terms=str, converted_from=str, baseline=dict)
+              dataset=str, dataset_terms=str, converted_from=str, baseline=dict, baseline_about=str)
 _METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
 _PATHS = ('pretrained_path', 'initial_checkpoint', 'class_map')  # where they lie is of no use to others
 _DATASET = ('dataset', 'input_img_mode', 'input_key', 'target_key')  # that validate.py needs too
@@ -175,7 +175,8 @@ Computed for {size}, not measured on a board. {MEMORY_MODEL}""",
         parts.append(f'## Data\n\n{facts["dataset"]}{terms}')
     if facts.get('metrics'):
         rows = ''.join(f'| {_METRICS[k]} | {v:.2f} % |\n' for k, v in facts['metrics'].items())
-        rows += ''.join(f'| {_METRICS[k]} of the same training without NetAug, of one seed | {v:.2f} % |\n'
+        about = f' ({facts["baseline_about"]})' if facts.get('baseline_about') else ''
+        rows += ''.join(f'| {_METRICS[k]} of the same training without NetAug{about}, of one seed | {v:.2f} % |\n'
                         for k, v in facts.get('baseline', {}).items())
         images = f' of {facts["images"]:,} images' if 'images' in facts else ''
         split = facts.get('evaluated_with', ['--split', 'validation'])

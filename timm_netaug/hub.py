@@ -210,6 +210,8 @@ def push(args: argparse.Namespace) -> None:
         facts.update({k: v for k in ('dataset', 'dataset_terms') if (v := getattr(args, k))})
         if args.baseline:
             facts['baseline'] = _baseline(args.baseline, facts)
+            if args.baseline_about:
+                facts['baseline_about'] = args.baseline_about
         config = _write_config(folder, facts, args.license)
         parent = None if args.dry_run else _check_target(args, config['architecture'])
         _check_reload(model, folder, config['pretrained_cfg']['input_size'])
@@ -265,6 +267,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     command.add_argument('--use-ema', action='store_true', help='the moving average (default where it was validated)')
     command.add_argument('--data-dir', metavar='DIR', help='evaluate, and push if the accuracy is the recorded one')
     command.add_argument('--baseline', metavar='CHECKPOINT', help='of the same training without NetAug, for the card')
+    command.add_argument('--baseline-about', metavar='TEXT', help='how else it differs, for the card')
     command.add_argument('--license', metavar='ID', help='of the weights, as in apache-2.0')
     command.add_argument('--dataset-name', dest='dataset', metavar='NAME', help='data set of the training')
     command.add_argument('--dataset-terms', metavar='TEXT', help='its terms of use')
