@@ -21,7 +21,7 @@ PAPER_SIZES = {'netaug_mbv2_tiny': 144, 'netaug_mcunet': 176}
 def test_names():
     assert SHIPPED and set(SHIPPED) <= {f'{name}.netaug_cifar10' for name in MODELS}
     assert timm.list_models('netaug_*', pretrained=True) == SHIPPED
-    assert shipped_folder('netaug_mbv2_tiny') is None and shipped_folder('../weights/a.b') is None and shipped_folder('..') is None
+    assert all(shipped_folder(name) is None for name in ('netaug_mbv2_tiny', '../weights/a.b', '..'))
 
 
 @pytest.mark.parametrize('name', SHIPPED)
@@ -70,6 +70,8 @@ def test_folder_in_hfconfigs(name):
     assert sorted(p.name for p in folder.iterdir()) == ['config.json', 'model.safetensors']
     assert (folder / 'model.safetensors').stat().st_size < 8 * 2 ** 20
     facts = json.loads((folder / 'config.json').read_text())['timm_netaug']
+    baseline = f' {facts["baseline"]["top1"]:.2f} % |'
+    assert f'| `{name}` | {facts["metrics"]["top1"]:.2f} % |{baseline}\n' in (ROOT / 'README.md').read_text()
     assert facts['images'] == 10000 and facts['metrics']['top1'] > 30
     assert '--netaug' in facts['command'] and facts['dataset_terms']
 
