@@ -300,7 +300,7 @@ def test_names(run, model, checkpoint, tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match='3 of 3 models failed'):
         run('--model', 'netaug_*_035')
     rows = json.loads(capsys.readouterr().out)
-    assert len({r['model'] for r in rows}) == 3 and all('No pretrained weights' in r['error'] for r in rows)
+    assert len({r['model'] for r in rows}) == 3 and all('does not know: 0, 1' in r['error'] for r in rows)
     overlay = {'file': str(tmp_path / 'weights.pth'), 'num_classes': 10, 'label_names': None}
     torch.save(model.state_dict(), tmp_path / 'weights.pth')
     got = run('--model', 'netaug_mbv2_t*', '--num-classes', 10, '--model-kwargs', f'pretrained_cfg_overlay={overlay}')
