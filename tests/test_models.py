@@ -61,8 +61,3 @@ def test_torch_export(name):
     model, x = make(name).eval(), images(2, 64)
     program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), model(x))
-
-
-def test_no_pretrained_weights_yet():
-    with pytest.raises(RuntimeError, match='No pretrained weights exist'):
-        timm.create_model('netaug_mcunet', pretrained=True)
