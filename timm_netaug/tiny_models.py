@@ -186,6 +186,6 @@ def netaug_proxylessnas_035(pretrained: bool = False, **kwargs) -> EfficientNet:
 
 @register_model
 def netaug_mcunet(pretrained: bool = False, **kwargs) -> EfficientNet:
-    """MCUNet's ImageNet model for 512 kB of SRAM and 2 MB of flash, for 176 x 176 pixels, without head convolution."""
+    """MCUNet's ImageNet model for 320 kB of SRAM and 1 MB of flash, for 176 x 176 pixels, without head convolution."""
     kwargs = dict(dict(stem_size=16, num_features=0, multiplier=1.0), **kwargs)
     return _create(EfficientNet, 'netaug_mcunet', _MCUNET, pretrained, **kwargs)
