@@ -1,12 +1,17 @@
 """The five models are stock timm models of the published size."""
+import copy
+
 import pytest
 import timm
 import torch
-from timm.models.efficientnet import EfficientNet
-from timm.models.mobilenetv3 import MobileNetV3
+from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
+from timm.models.mobilenetv3 import MobileNetV3, MobileNetV3Features
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import MODELS, images, make
+from test_reference import reference_names
+from timm_netaug.checkpoint import describe_run
+from timm_netaug.export import export_folder
 
 # Parameters and million MACs at the input size, with 1000 classes (the paper's table and the reference's layer tables).
 PUBLISHED = {
@@ -54,6 +59,127 @@ def test_timm_interfaces(name):
     other.set_grad_checkpointing()
     other.train()(x[:, :1]).sum().backward()
     assert other.conv_stem.weight.grad.abs().sum() > 0
+
+
+def assert_equal_features(got, want):
+    got = list(got.values()) if isinstance(got, dict) else got
+    assert len(got) == len(want) and all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def stages(model):
+    """The stages after which the five feature maps are taken."""
+    return [model.blocks[i] for i in (0, 1, 2, 4, 6)]
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_kind_of_features(name):
+    """As in timm's two families, `features_only` is the family's own extractor, and `feature_cls` asks for another."""
+    own = MobileNetV3Features if name == 'netaug_mbv3_035' else EfficientNetFeatures
+    model = timm.create_model(name, features_only=True)
+    assert type(model) is own and not hasattr(model, 'classifier')
+    assert 'num_classes' not in model.default_cfg and model.default_cfg['first_conv'] == 'conv_stem'
+    kinds = {k: type(timm.create_model(name, features_only=True, feature_cls=k)).__name__
+             for k in ('getter', 'list', 'dict', 'hook', 'fx')}
+    assert kinds == dict(getter='FeatureGetterNet', list='FeatureListNet', dict='FeatureDictNet',
+                         hook='FeatureHookNet', fx='FeatureGraphNet')
+    given = timm.create_model(name, features_only=True, feature_cfg=dict(feature_cls='getter'))
+    assert type(given).__name__ == 'FeatureGetterNet'
+
+
+@pytest.mark.parametrize('kind', ['own', 'getter', 'list', 'dict', 'hook', 'fx'])
+@pytest.mark.parametrize('name', MODELS)
+def test_features_of_trained_weights(name, kind, tmp_path):
+    """They are the whole model's with the same weights: shipped ones, a folder's, and a reference checkpoint's."""
+    x = images(2, 64)
+    kwargs = dict(pretrained=True, features_only=True, **({} if kind == 'own' else dict(feature_cls=kind)))
+    shipped = timm.create_model(name, pretrained=True).eval()
+    want = shipped.forward_intermediates(x, intermediates_only=True)
+    assert_equal_features(timm.create_model(name, **kwargs).eval()(x), want)
+    export_folder(shipped, tmp_path / 'folder', describe_run(shipped, dict(input_size=(3, 64, 64)), None))
+    assert_equal_features(timm.create_model(f'local-dir:{tmp_path / "folder"}', **kwargs).eval()(x), want)
+    names = reference_names(shipped)
+    torch.save({'state_dict': {names[k]: v for k, v in shipped.state_dict().items()}}, tmp_path / 'official.pth')
+    overlay = dict(file=str(tmp_path / 'official.pth'), num_classes=10)
+    assert_equal_features(timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs).eval()(x), want)
+
+
+def test_features_of_another_model(tmp_path):
+    mcunet = make('netaug_mcunet')
+    names = reference_names(mcunet)
+    torch.save({'state_dict': {names[k]: v for k, v in mcunet.state_dict().items()}}, tmp_path / 'official.pth')
+    with pytest.raises(ValueError, match='does not fit netaug_mbv2_tiny: unmatched keys .*op_list'):
+        timm.create_model('netaug_mbv2_tiny', pretrained=True, features_only=True,
+                          pretrained_cfg_overlay=dict(file=str(tmp_path / 'official.pth'), num_classes=10))
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_out_indices_of_features(name):
+    x, kwargs = images(2, 64), dict(pretrained=True, features_only=True)
+    whole = timm.create_model(name, **kwargs).eval()(x)
+    for indices in ((1, 3), (-1,), (0, 2, 4)):
+        model = timm.create_model(name, out_indices=indices, **kwargs).eval()
+        assert_equal_features(model(x), [whole[i] for i in indices])
+        assert model.feature_info.channels() == [whole[i].shape[1] for i in indices]
+        assert model.feature_info.reduction() == [64 // whole[i].shape[-1] for i in indices]
+
+
+@pytest.mark.parametrize('stride', [8, 16])
+@pytest.mark.parametrize('name', MODELS)
+def test_output_stride_of_features(name, stride):
+    """Later stages keep the size, with dilated kernels of the same weights."""
+    model = timm.create_model(name, pretrained=True, features_only=True, output_stride=stride).eval()
+    usual = timm.create_model(name, pretrained=True, features_only=True).eval()
+    want = [min(s, stride) for s in (2, 4, 8, 16, 32)]
+    x = images(1, 64)
+    features = model(x)
+    assert model.feature_info.reduction() == want == [64 // t.shape[-1] for t in features]
+    assert all(torch.equal(t, usual.state_dict()[k]) for k, t in model.state_dict().items())
+    unchanged = want.index(stride) + 1
+    assert_equal_features(features[:unchanged], usual(x)[:unchanged])
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_grad_checkpointing_of_features(name):
+    """Features and gradients are the same to the last bit, and the blocks are computed again in the backward pass."""
+    plain = timm.create_model(name, pretrained=True, features_only=True)
+    saving = copy.deepcopy(plain)
+    saving.set_grad_checkpointing()
+    off = copy.deepcopy(saving)
+    off.set_grad_checkpointing(False)
+    results, computed = [], []
+    for model in (plain, saving, off):
+        calls = []
+        model.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
+        features = model.train()(images(2, 64))
+        sum(t.square().mean() for t in features).backward()
+        results.append([*features, *(p.grad for p in model.parameters())])
+        computed.append(len(calls))
+    assert computed == [1, 2, 1]
+    assert all(p.grad.abs().sum() > 0 for p in (saving.conv_stem.weight, saving.blocks[-1][0].bn1.bias))
+    assert_equal_features(results[1], results[0])
+    assert_equal_features(results[2], results[0])
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_location_of_features(name):
+    """`expansion` means the widest maps of a stage's last block, before its projection; `bottleneck` its output."""
+    x, kwargs = images(2, 64), dict(pretrained=True, features_only=True)
+    model = timm.create_model(name, pretrained=True).eval()
+    want = []
+    for stage in stages(model):
+        block = stage[-1]
+        if hasattr(block, 'conv'):  # a plain convolution expands and does not project
+            block.bn1.register_forward_hook(lambda module, inputs, output: want.append(output))
+        else:
+            projection = block.conv_pwl if hasattr(block, 'conv_pwl') else block.conv_pw
+            projection.register_forward_pre_hook(lambda module, inputs: want.append(inputs[0]))
+    model(x)
+    expansion = timm.create_model(name, feature_location='expansion', **kwargs).eval()
+    assert_equal_features(expansion(x), want)
+    assert expansion.feature_info.channels() == [t.shape[1] for t in want]
+    bottleneck = timm.create_model(name, feature_location='bottleneck', **kwargs).eval()
+    assert_equal_features(bottleneck(x), model.forward_intermediates(x, intermediates_only=True))
+    assert [t.shape[1] for t in bottleneck(x)] != [t.shape[1] for t in want]
 
 
 @pytest.mark.parametrize('name', MODELS)

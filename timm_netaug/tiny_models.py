@@ -7,16 +7,16 @@ MobileNetV2 (arXiv 1801.04381), MobileNetV3 (1905.02244), ProxylessNAS (1812.003
 import dataclasses
 import logging
 from functools import partial
-from typing import Any, Dict, List, Mapping, Optional, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Union
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import make_divisible
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import PretrainedCfg, create_model, generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import SqueezeExcite
 from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, resolve_bn_args, round_channels
-from timm.models.efficientnet import EfficientNet
-from timm.models.mobilenetv3 import MobileNetV3
+from timm.models.efficientnet import EfficientNet, _create_effnet
+from timm.models.mobilenetv3 import MobileNetV3, _create_mnv3
 
 from .config import NetAugConfig
 from .reference import checkpoint_filter_fn
@@ -119,8 +119,18 @@ def _shipped_cfg(variant: str, *given: Union[Mapping[str, Any], PretrainedCfg, N
     return dataclasses.replace(cfg, architecture=variant, tag=tag)
 
 
+def _filter_fn(variant: str, state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
+    """Rename the tensors of a reference checkpoint, for a feature extractor of timm, too.
+
+    The renaming knows a reference checkpoint by its head. A feature extractor has none, so the whole model, on the meta
+    device (without memory), stands in for it.
+    """
+    whole = model if hasattr(model, 'conv_head') else create_model(variant, device='meta')
+    return checkpoint_filter_fn(state_dict, whole)
+
+
 def _create(
-        model_cls: type,
+        create_fn: Callable[..., nn.Module],
         variant: str,
         arch_def: List[List[str]],
         pretrained: bool,
@@ -129,17 +139,17 @@ def _create(
         netaug: Union[bool, Mapping[str, Any], NetAugConfig, None] = None,
         **kwargs: Any,
 ) -> Union[nn.Module, SuperNet]:
-    """Build a model, or with `netaug` (True or config fields) the super-network around it."""
+    """Build a model with timm's function for the family, or with `netaug` (True or config fields) the super-network."""
     kwargs.setdefault('round_chs_fn', partial(round_channels, multiplier=multiplier))
     given = kwargs.get('pretrained_cfg')
     if pretrained and not isinstance(given, str):  # else a tag
         kwargs['pretrained_cfg'] = _shipped_cfg(variant, given, kwargs.get('pretrained_cfg_overlay')) or given
-    model = build_model_with_cfg(
-        model_cls,
+    if 'feature_cls' in kwargs:
+        kwargs.setdefault('feature_cfg', dict(flatten_sequential=True))  # for 'list' and 'dict', which need it
+    model = create_fn(
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(feature_cls='getter', flatten_sequential=True),
+        pretrained_filter_fn=partial(_filter_fn, variant),
         block_args=decode_arch_def(arch_def),
         norm_layer=kwargs.pop('norm_layer', None) or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)),
         act_layer=resolve_act_layer(kwargs, act_layer),
@@ -158,14 +168,14 @@ def _create(
 def netaug_mbv2_tiny(pretrained: bool = False, **kwargs) -> EfficientNet:
     """MobileNetV2-Tiny of the NetAug paper: MobileNetV2 x0.35 with a head of 448 channels, for 144 x 144 pixels."""
     kwargs = dict(dict(stem_size=32, num_features=448), **kwargs)
-    return _create(EfficientNet, 'netaug_mbv2_tiny', _MOBILENETV2, pretrained, **kwargs)
+    return _create(_create_effnet, 'netaug_mbv2_tiny', _MOBILENETV2, pretrained, **kwargs)
 
 
 @register_model
 def netaug_mbv2_035(pretrained: bool = False, **kwargs) -> EfficientNet:
     """MobileNetV2 x0.35 for 160 x 160 pixels."""
     kwargs = dict(dict(stem_size=32, num_features=1280), **kwargs)
-    return _create(EfficientNet, 'netaug_mbv2_035', _MOBILENETV2, pretrained, **kwargs)
+    return _create(_create_effnet, 'netaug_mbv2_035', _MOBILENETV2, pretrained, **kwargs)
 
 
 @register_model
@@ -174,18 +184,18 @@ def netaug_mbv3_035(pretrained: bool = False, **kwargs) -> MobileNetV3:
     se_layer = partial(
         SqueezeExcite, gate_layer='hard_sigmoid', force_act_layer=nn.ReLU, rd_round_fn=_squeezed_channels)
     kwargs = dict(dict(stem_size=16, num_features=1280, se_layer=se_layer, act_layer='hard_swish'), **kwargs)
-    return _create(MobileNetV3, 'netaug_mbv3_035', _MOBILENETV3_035, pretrained, **kwargs)
+    return _create(_create_mnv3, 'netaug_mbv3_035', _MOBILENETV3_035, pretrained, **kwargs)
 
 
 @register_model
 def netaug_proxylessnas_035(pretrained: bool = False, **kwargs) -> EfficientNet:
     """ProxylessNAS-Mobile x0.35 for 160 x 160 pixels."""
     kwargs = dict(dict(stem_size=32, num_features=1280), **kwargs)
-    return _create(EfficientNet, 'netaug_proxylessnas_035', _PROXYLESSNAS, pretrained, **kwargs)
+    return _create(_create_effnet, 'netaug_proxylessnas_035', _PROXYLESSNAS, pretrained, **kwargs)
 
 
 @register_model
 def netaug_mcunet(pretrained: bool = False, **kwargs) -> EfficientNet:
     """MCUNet's ImageNet model for 320 kB of SRAM and 1 MB of flash, for 176 x 176 pixels, without head convolution."""
     kwargs = dict(dict(stem_size=16, num_features=0, multiplier=1.0), **kwargs)
-    return _create(EfficientNet, 'netaug_mcunet', _MCUNET, pretrained, **kwargs)
+    return _create(_create_effnet, 'netaug_mcunet', _MCUNET, pretrained, **kwargs)
