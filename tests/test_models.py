@@ -183,6 +183,25 @@ def test_location_of_features(name):
 
 
 @pytest.mark.parametrize('name', MODELS)
+def test_pool_size_of_an_exported_folder(name, tmp_path):
+    """It fits the input size of the run, which is not the registered one."""
+    model = timm.create_model(name)
+    export_folder(model, tmp_path, describe_run(model, dict(input_size=(3, 96, 33)), None))
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert again.pretrained_cfg['input_size'] == (3, 96, 33)
+    assert tuple(again.pretrained_cfg['pool_size']) == (3, 2)
+    assert again.forward_features(torch.randn(1, 3, 96, 33)).shape[2:] == (3, 2)
+
+
+def test_no_pool_size_by_guess(tmp_path):
+    """The stride of a model without padding does not say the size of its last map."""
+    model = timm.create_model('test_efficientnet')
+    model.pretrained_cfg['pool_size'] = (4, 4)  # of 160 pixels, where the stride of 32 says 5
+    export_folder(model, tmp_path, describe_run(model, dict(input_size=(3, 96, 96)), None))
+    assert timm.create_model(f'local-dir:{tmp_path}').pretrained_cfg['pool_size'] is None
+
+
+@pytest.mark.parametrize('name', MODELS)
 def test_torch_export(name):
     model, x = make(name).eval(), images(2, 64)
     program = torch.export.export(model, (x,))

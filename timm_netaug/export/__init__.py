@@ -1,8 +1,10 @@
 """From a super-network or a checkpoint back to a stock timm model, in memory or as a folder."""
+import json
+import math
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Mapping, Optional, Union
+from typing import Any, Mapping, Optional, Sequence, Tuple, Union
 
 import torch.nn as nn
 from timm.models import save_for_hf
@@ -26,6 +28,18 @@ def export(supernet: SuperNet, widths: Optional[Mapping[str, int]] = None) -> nn
         ValueError: It is no super-network, or the widths are not of it.
     """
     return slice_stock(supernet, widths)
+
+
+def _pool_size(model: nn.Module, input_size: Sequence[int]) -> Optional[Tuple[int, ...]]:
+    """Return the size of the last feature map, None where the stride does not explain the registered size either."""
+    cfg, feature_info = model.pretrained_cfg, getattr(model, 'feature_info', None)
+    if not feature_info or not cfg.get('pool_size'):
+        return None
+
+    def divided(size: Sequence[int]) -> Tuple[int, ...]:
+        return tuple(math.ceil(side / feature_info[-1]['reduction']) for side in size[1:])
+
+    return divided(input_size) if divided(cfg['input_size']) == tuple(cfg['pool_size']) else None
 
 
 def export_folder(
@@ -58,5 +72,11 @@ def export_folder(
             data_config=run['data_config'],
             safe_serialization=True,
         )
+        config_file = Path(aside, 'config.json')
+        config = json.loads(config_file.read_text(encoding='utf-8'))
+        cfg = config['pretrained_cfg']
+        if not cfg.get('pool_size'):  # timm clears it where the input size is not the registered one
+            cfg['pool_size'] = _pool_size(model, cfg['input_size'])
+            config_file.write_text(json.dumps(config, indent=2), encoding='utf-8')
         for file in Path(aside).iterdir():
             os.replace(file, out_dir / file.name)
