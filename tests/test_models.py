@@ -71,6 +71,27 @@ def stages(model):
     return [model.blocks[i] for i in (0, 1, 2, 4, 6)]
 
 
+@pytest.mark.parametrize('name', [*MODELS, *timm.list_models('netaug_*', pretrained=True)])
+def test_default_cfg(name):
+    """What the config of an architecture, or of a tag, says of the model is true."""
+    model = timm.create_model(name).eval()
+    cfg, state_dict = model.default_cfg, model.state_dict()
+    channels, *size = cfg['input_size']
+    assert cfg['fixed_input_size'] is False and cfg['paper_ids'] == 'arXiv:2110.08890'
+    assert state_dict[cfg['first_conv'] + '.weight'].shape[1] == channels
+    assert state_dict[cfg['classifier'] + '.weight'].shape == (cfg['num_classes'], model.head_hidden_size)
+    assert model.num_classes == cfg['num_classes']
+    x = torch.randn(1, channels, *size)
+    features = model.forward_features(x)
+    assert features.shape == (1, model.num_features, *cfg['pool_size'])
+    assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
+    model.reset_classifier(0)
+    assert model(x).shape == (1, model.head_hidden_size)
+    model.reset_classifier(0, '')
+    for unpooled in (model, timm.create_model(name, num_classes=0, global_pool='').eval()):
+        assert unpooled(x).shape == (1, model.head_hidden_size, *cfg['pool_size'])
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_kind_of_features(name):
     """As in timm's two families, `features_only` is the family's own extractor, and `feature_cls` asks for another."""

@@ -69,7 +69,10 @@ def test_folder_in_hfconfigs(name):
     assert (folder / 'config.json').read_bytes() == (ROOT / 'hfconfigs' / name / 'config.json').read_bytes()
     assert sorted(p.name for p in folder.iterdir()) == ['config.json', 'model.safetensors']
     assert (folder / 'model.safetensors').stat().st_size < 8 * 2 ** 20
-    facts = json.loads((folder / 'config.json').read_text())['timm_netaug']
+    config = json.loads((folder / 'config.json').read_text())
+    cfg, facts = config['pretrained_cfg'], config['timm_netaug']
+    assert cfg['input_size'] == [3, 32, 32] and cfg['pool_size'] == [1, 1] and cfg['paper_ids'] == 'arXiv:2110.08890'
+    assert cfg['origin_url'] is None  # no weights of somebody else
     baseline = f' {facts["baseline"]["top1"]:.2f} % |'
     assert f'| `{name}` | {facts["metrics"]["top1"]:.2f} % |{baseline}\n' in (ROOT / 'README.md').read_text()
     assert facts['images'] == 10000 and facts['metrics']['top1'] > 40
