@@ -51,7 +51,7 @@ def main() -> None:
     name = next(n for n in (f'run-{i}' for i in itertools.count(1)) if not (output / n).exists())
     run('train.py', '-c', RECIPE, *data, '--output', str(output), '--experiment', name, *epochs)
     best = str(output / name / 'model_best.pth.tar')
-    run('-m', 'timm_netaug.export', best, str(output / 'model'))
+    run('-m', 'timm_netaug', 'export', best, str(output / 'model'))
     run('validate.py', '--model', f'local-dir:{output / "model"}', '--pretrained', *data, '-j', '0')
 
 

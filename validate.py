@@ -3,9 +3,9 @@
 
     python validate.py --data-dir DATA --checkpoint output/train/RUN/model_best.pth.tar
 
-The script itself is `timm_netaug/scripts/validate.py`; installed, it is the command `timm-netaug-validate`.
+The script itself is `timm_netaug/cli/validate.py`; installed, it is the command `timm-netaug-validate`.
 """
-from timm_netaug.scripts.validate import main
+from timm_netaug.cli.validate import main
 
 if __name__ == '__main__':
     main()

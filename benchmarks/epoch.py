@@ -25,12 +25,12 @@ from timm.data import resolve_input_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import random_seed
 
-from timm_netaug.norm_act import FUSED
-from timm_netaug.scripts.args import check_train_args, netaug_config, parse_args, train_parser
-from timm_netaug.scripts.build import set_up_model, set_up_task, to_train
-from timm_netaug.scripts.device import mixed_precision
-from timm_netaug.scripts.loaders import set_up_loaders
-from timm_netaug.scripts.train import set_up_device, set_up_lr, train_one_epoch
+from timm_netaug.cli.args import check_train_args, netaug_config, parse_args, train_parser
+from timm_netaug.cli.build import set_up_model, set_up_task, to_train
+from timm_netaug.cli.device import mixed_precision
+from timm_netaug.cli.loaders import set_up_loaders
+from timm_netaug.cli.train import set_up_device, set_up_lr, train_one_epoch
+from timm_netaug.fused_bn_relu import FUSED
 
 BEFORE = 'netaug, as the layers of PyTorch have it'  # contiguous, one backward pass of the sum, as in step.py
 CONTENDERS = {
@@ -80,7 +80,7 @@ class Contender:
         if self.before:
             stack.enter_context(mock.patch.dict(FUSED, clear=True))
             for module in ('build', 'train'):
-                stack.enter_context(mock.patch(f'timm_netaug.scripts.{module}.uses_channels_last', lambda args: False))
+                stack.enter_context(mock.patch(f'timm_netaug.cli.{module}.uses_channels_last', lambda args: False))
         return stack
 
     def _set_up(self, flags: List[str], batches: int) -> None:

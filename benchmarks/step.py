@@ -26,9 +26,9 @@ import torch
 from timm.task import ClassificationTask, DistillationTeacher, LogitDistillationTask
 
 import timm_netaug
+from timm_netaug.cli.device import keep_memory
 from timm_netaug.costs import operators
-from timm_netaug.norm_act import FUSED
-from timm_netaug.scripts.device import keep_memory
+from timm_netaug.fused_bn_relu import FUSED
 from timm_netaug.task import step_generator
 
 TEACHER = 'mobilenetv2_100'

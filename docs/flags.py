@@ -21,10 +21,10 @@ import torch
 from timm.layers import BatchNormAct2d, is_fast_norm
 from timm.utils import unwrap_model
 
-from timm_netaug.checkpoint import describe_run
-from timm_netaug.elastic import ElasticBatchNormAct2d
-from timm_netaug.export import export_folder
-from timm_netaug.scripts import train
+from timm_netaug.cli import train
+from timm_netaug.layers import ElasticBatchNorm
+from timm_netaug.io.folder import export_folder
+from timm_netaug.io.run import RunDescription
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_suffix('.md')
@@ -224,7 +224,7 @@ def set_up(root: Path) -> None:
         torch.manual_seed(1)
         model = timm.create_model(name, num_classes=10).eval()
         config = timm.data.resolve_model_data_config(model)
-        export_folder(model, root / folder, describe_run(model, config, [str(i) for i in range(10)]))
+        export_folder(model, root / folder, RunDescription.from_model(model, config, [str(i) for i in range(10)]))
 
 
 def _watch(seen: Dict[str, Any]) -> None:
@@ -250,13 +250,13 @@ def _watch(seen: Dict[str, Any]) -> None:
         return metrics
 
     BatchNormAct2d.forward, train.train_one_epoch, train.evaluate = counted, loaded, evaluated
-    elastic = ElasticBatchNormAct2d.forward
+    elastic = ElasticBatchNorm.forward
 
     def counted_elastic(module, x):
         seen['calls'] += module.training
         return elastic(module, x)
 
-    ElasticBatchNormAct2d.forward = counted_elastic
+    ElasticBatchNorm.forward = counted_elastic
 
 
 def _train(argv: List[str], output: str, results) -> None:
@@ -293,7 +293,7 @@ def _train(argv: List[str], output: str, results) -> None:
 def run(flags: str, root: Path) -> Outcome:
     """Run `train.py` in a process of its own, which begins with all that takes long to import."""
     context = multiprocessing.get_context('forkserver')  # a fork of this process may have threads of autograd in it
-    context.set_forkserver_preload(['timm_netaug.scripts.train'])
+    context.set_forkserver_preload(['timm_netaug.cli.train'])
     receiving, sending = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as output:
         size = '' if '--input-size' in flags else '--img-size 32'

@@ -3,7 +3,7 @@
 
     python experiments/ship.py --data-dir CIFAR10
 
-Each is what `python -m timm_netaug.hub push --dry-run` makes of the run's last epoch, reloaded and evaluated.
+Each is what `python -m timm_netaug hub push --dry-run` makes of the run's last epoch, reloaded and evaluated.
 """
 import argparse
 import json
@@ -17,7 +17,7 @@ import yaml
 from run import HERE, done, read_experiment
 
 sys.path.insert(0, str(HERE.parent))
-from timm_netaug import hub  # noqa: E402
+from timm_netaug.cli import hub  # noqa: E402
 
 TAG = 'netaug_cifar10'
 EXPERIMENT = 'cifar10'

@@ -12,8 +12,8 @@ from torch.optim.swa_utils import update_bn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import timm_netaug  # noqa: E402
-from timm_netaug.elastic import ElasticBatchNormAct2d  # noqa: E402
-from timm_netaug.scripts import train  # noqa: E402
+from timm_netaug.cli import train  # noqa: E402
+from timm_netaug.layers import ElasticBatchNorm  # noqa: E402
 from timm_netaug.supernet import SuperNet  # noqa: E402
 
 
@@ -26,8 +26,8 @@ def momentum_stays() -> None:
 def bn_reference() -> None:
     """Let both passes write BatchNorm's running statistics, and estimate them anew, over 16,000 images of the training
     set, before every evaluation, as the reference implementation does."""
-    ElasticBatchNormAct2d.augmented = property(lambda self: False, lambda self, value: None)
-    ElasticBatchNormAct2d.since_sort = property(lambda self: None, lambda self, value: None)
+    ElasticBatchNorm.augmented = property(lambda self: False, lambda self, value: None)
+    ElasticBatchNorm.since_sort = property(lambda self: None, lambda self, value: None)
     loaders, set_up_loaders = [], train.set_up_loaders
     get_eval_model = timm_netaug.NetAugTask.get_eval_model
 

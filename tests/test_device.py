@@ -11,7 +11,7 @@ def test_memory_is_kept():
     """A large tensor's pages stay the process's when it is freed, and go back to the system without it."""
     code = (
         'import sys, torch\n'
-        'from timm_netaug.scripts.device import keep_memory\n'
+        'from timm_netaug.cli.device import keep_memory\n'
         'def resident():\n'
         '    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))\n'
         'if sys.argv[1] == "keep": keep_memory()\n'

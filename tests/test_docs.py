@@ -81,9 +81,9 @@ def test_other_benchmarks(few_digits, tmp_path):
 
 def test_names_in_the_docs_are_real():
     """Files that the pages name are there, and so are the flags of the scripts."""
-    from timm_netaug.scripts.args import train_parser, validate_parser
+    from timm_netaug.cli.args import train_parser, validate_parser
     known = {s for p in (train_parser(), validate_parser()) for a in p._actions for s in a.option_strings}
-    known |= set(re.findall(r"'(--[a-z-]+)'", (ROOT / 'timm_netaug/hub.py').read_text()))
+    known |= set(re.findall(r"'(--[a-z-]+)'", (ROOT / 'timm_netaug/cli/hub.py').read_text()))
     others = {'--nnodes', '--nproc-per-node', '--rdzv-backend', '--rdzv-endpoint', '--rdzv-id', '--max-restarts',
               '--layers', '--samples', '--dist'}
     for page, text in PAGES.items():

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from conftest import ROOT, run_python
-from timm_netaug.scripts.args import check_train_args, parse_args, train_parser
+from timm_netaug.cli.args import check_train_args, parse_args, train_parser
 
 sys.path.insert(0, str(ROOT / 'experiments'))
 import report  # noqa: E402

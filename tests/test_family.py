@@ -1,19 +1,28 @@
 """Every model of timm's EfficientNet and MobileNet families: which are supported, and that those work."""
+import hashlib
+import json
 import sys
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from timm.models._efficientnet_blocks import UniversalInvertedResidual
+from timm.models._efficientnet_blocks import (
+    ConvBnAct,
+    DepthwiseSeparableConv,
+    EdgeResidual,
+    InvertedResidual,
+    UniversalInvertedResidual,
+)
 
-from conftest import ROOT, generator, images, randomise
+from conftest import MODELS, ROOT, generator, images, randomise
 from timm_netaug import NetAugConfig, NetAugTask, SuperNet, augment, export
-from timm_netaug.layout import _BLOCKS
 
 sys.path.insert(0, str(ROOT / 'docs'))
 import models as page  # noqa: E402 (docs/models.py)
 
+BLOCKS = (InvertedResidual, DepthwiseSeparableConv, ConvBnAct, EdgeResidual, UniversalInvertedResidual)
 SMALL = 6e6  # parameters up to which every supported model is trained for a step
 
 
@@ -23,8 +32,8 @@ def family():
     found = {}
     for name, model, supernet, why in page.classify():
         row = name, page.millions(model), page.millions(supernet) if supernet else '', why
-        blocks = {type(m) for m in model.modules()} & set(_BLOCKS)
-        found[name] = sum(p.numel() for p in model.parameters()), row, blocks
+        blocks = {type(m) for m in model.modules()} & set(BLOCKS)
+        found[name] = sum(p.numel() for p in model.parameters()), row, blocks, supernet and digest(supernet.layout)
     return found
 
 
@@ -35,12 +44,30 @@ SUPPORTED_SMALL = [line.split('`')[1] for line in page.PAGE.read_text().partitio
                    if line.startswith('| `') and float(line.split('|')[2].split()[0]) * 1e6 <= SMALL]
 
 
+def digest(layout):
+    """Return a hash of all that is known of a model's channels."""
+    channels = [(c.name, c.base, c.kind, c.source.name if c.source else None, c.writers)
+                for c in layout.channels.values()]
+    axes = {name: {str(dim): c.name for dim, c in of.items()} for name, of in layout.axes.items()}
+    return hashlib.sha256(json.dumps([channels, axes]).encode()).hexdigest()[:16]
+
+
+def test_layouts_are_those_of_the_block_tables():
+    """The channels that are found in the graph are those that tables of timm's blocks once said, name by name."""
+    known = json.loads((Path(__file__).parent / 'data' / 'layouts.json').read_text())
+    assert len(known) == 80
+    for name in MODELS:
+        with torch.device('meta'):
+            assert digest(augment(timm.create_model(name)).layout) == known.pop(name), name
+    assert len(known) == 75 and all(family()[name][3] == value for name, value in known.items())
+
+
 def test_lists():
     """The page in the docs, which is generated, is what the code does."""
-    rows = [row for _, row, _ in family().values()]
+    rows = [row for _, row, *_ in family().values()]
     assert len(rows) == len(page.names())
     if timm.__version__ == '1.0.31':
-        assert (len(rows), len(SUPPORTED)) == (148, 75)
+        assert (len(rows), len(SUPPORTED)) == (148, 117)
         assert page.page(rows) == page.PAGE.read_text(), 'run: python docs/models.py'
     else:  # another timm may know more models, but none that was supported may be lost
         assert set(SUPPORTED) <= {r[0] for r in rows if r[2]}
@@ -94,10 +121,10 @@ def test_there_are_small_ones():
     assert len(SUPPORTED_SMALL) > 40
 
 
-@pytest.mark.parametrize('block', list(_BLOCKS), ids=lambda t: t.__name__)
+@pytest.mark.parametrize('block', list(BLOCKS), ids=lambda t: t.__name__)
 def test_large(block):
     """For every kind of block the smallest model that is too large for the test above."""
-    sizes = {n: size for n, (size, row, blocks) in family().items() if row[2] and block in blocks and size > SMALL}
+    sizes = {n: size for n, (size, row, blocks, _) in family().items() if row[2] and block in blocks and size > SMALL}
     check(min(sizes, key=sizes.get))
 
 
@@ -115,12 +142,11 @@ def test_layer_scale_and_last_depthwise():
 
 
 @pytest.mark.parametrize('name', [
-    'tf_mobilenetv3_small_minimal_100', 'test_efficientnet_gn', 'mixnet_s', 'mobilenet_edgetpu_v2_xs',
-    'mobilenetv4_conv_small_035', 'mobilenetv4_hybrid_medium_075', 'efficientnet_blur_b0',
+    'test_efficientnet_gn', 'test_efficientnet_evos', 'test_efficientnet_ln', 'mixnet_s', 'mobilenet_edgetpu_v2_xs',
+    'mobilenetv4_hybrid_medium_075', 'efficientnet_cc_b0_4e', 'gc_efficientnetv2_rw_t',
 ])
 def test_refused_is_left_untouched(name):
-    kwargs = dict(aa_layer='avg') if name == 'mobilenetv4_conv_small_035' else {}
-    model = timm.create_model(name, num_classes=10, **kwargs)
+    model = timm.create_model(name, num_classes=10)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state, types = torch.get_rng_state(), [type(m) for m in model.modules()]
     with pytest.raises(ValueError, match='NetAug can not augment this model: module .* of type .*Supported types: '):

@@ -91,7 +91,7 @@ def test_stop_signals(number, undisturbed, few_digits, tmp_path):
 @pytest.mark.parametrize('first, second', [('SIGINT', 'SIGTERM'), ('SIGTERM', 'SIGTERM'), ('SIGTERM', 'SIGINT')])
 def test_second_signal_ends_at_once(first, second):
     """In the middle of a step that does not end."""
-    code = ('import time\nfrom timm_netaug.scripts.signals import StopSignals\nwith StopSignals() as stop:\n'
+    code = ('import time\nfrom timm_netaug.cli.signals import StopSignals\nwith StopSignals() as stop:\n'
             "    print('ready', flush=True)\n    while stop.number is None: time.sleep(0.01)\n"
             "    print('noted', flush=True)\n    time.sleep(100)")
     process = start('-c', code)
@@ -105,7 +105,7 @@ def test_second_signal_ends_at_once(first, second):
 def test_other_errors_are_told_though_a_signal_came(few_digits, tmp_path, monkeypatch):
     """A loss that is not finite is no reason to offer its weights for resuming."""
     from timm_netaug.errors import UserError
-    from timm_netaug.scripts import train
+    from timm_netaug.cli import train
 
     forward = timm_netaug.NetAugTask.forward
 

@@ -17,16 +17,18 @@ from conftest import MODELS, ROOT, SHARED, images, make, readme_block, run_pytho
 from hub_server import serve
 from test_reference import FILES, reference_names
 from timm_netaug import card as card_module
-from timm_netaug import convert as convert_command
-from timm_netaug import hub as hub_command
-from timm_netaug import info as info_command
-from timm_netaug.checkpoint import describe_run
+from timm_netaug import hub as hub_module
+from timm_netaug.__main__ import main as run_command
+from timm_netaug.cli import convert as convert_command
+from timm_netaug.cli import export as export_command
+from timm_netaug.cli import hub as hub_command
+from timm_netaug.cli import info as info_command
+from timm_netaug.cli import validate as validate_command
+from timm_netaug.cli.args import FREE_FLAGS, parse_args, train_parser
+from timm_netaug.cli.build import set_up_model, set_up_teacher
 from timm_netaug.errors import UserError
-from timm_netaug.export import __main__ as export_command
-from timm_netaug.export import export_folder
-from timm_netaug.scripts import validate as validate_command
-from timm_netaug.scripts.args import FREE_FLAGS, parse_args, train_parser
-from timm_netaug.scripts.build import set_up_model, set_up_teacher
+from timm_netaug.io.folder import export_folder
+from timm_netaug.io.run import RunDescription
 
 REPO = 'owner/tiny'
 CONFIG = dict(input_size=(3, 32, 32), mean=(0.3,) * 3, std=(0.35,) * 3, interpolation='bicubic', crop_pct=1.0,
@@ -50,10 +52,14 @@ def logits(model, size=32):
         return model.eval()(images(2, size))
 
 
+def describe_run(model):
+    return RunDescription.from_model(model, CONFIG, [str(i) for i in range(10)])
+
+
 def save(path, model, **changes):
     """Write a checkpoint as train.py does, of a model that was not trained."""
     args = parse_args(train_parser(), FLAGS)
-    args.run = describe_run(model, CONFIG, [str(i) for i in range(10)])
+    args.run = describe_run(model).to_dict()
     torch.save(dict(state_dict=model.state_dict(), args=args, epoch=1, **changes), path)
     return path
 
@@ -65,7 +71,7 @@ def checkpoint(model, tmp_path):
 
 @pytest.fixture
 def folder(model, tmp_path):
-    export_folder(model, tmp_path / 'exported', describe_run(model, CONFIG, [str(i) for i in range(10)]))
+    export_folder(model, tmp_path / 'exported', describe_run(model))
     return tmp_path / 'exported'
 
 
@@ -122,12 +128,12 @@ def refusal(*argv, command=run):
 
 
 LOAD = """
-import sys, timm, torch, timm_netaug, timm_netaug.hub
+import sys, timm, torch, timm_netaug.cli.hub
 x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 with torch.no_grad():
     torch.save(timm.create_model('hf-hub:owner/tiny', pretrained=True).eval()(x), sys.argv[1])
 if len(sys.argv) > 2:
-    timm_netaug.hub.main(['pull', 'owner/tiny', sys.argv[2]])
+    timm_netaug.cli.hub.main(['pull', 'owner/tiny', sys.argv[2]])
 """
 
 
@@ -139,7 +145,7 @@ def test_two_machines(xet, server, checkpoint, model, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HUB_DISABLE_XET', dict(default='0', off='1')[xet])
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'here'))
     monkeypatch.setenv('HF_TOKEN', 'hf_owner')
-    out = run_python('-m', 'timm_netaug.hub', 'push', checkpoint, REPO, '--private').stdout
+    out = run_python('-m', 'timm_netaug', 'hub', 'push', checkpoint, REPO, '--private').stdout
     assert server.url in out and "timm.create_model('hf-hub:owner/tiny', pretrained=True)" in out
     assert sorted(server.files(REPO)) == ['README.md', 'config.json', 'model.safetensors']
     assert len(server.repos[REPO]['commits']) == 1 and server.repos[REPO]['private']
@@ -257,12 +263,12 @@ def test_recorded_metric_is_that_of_the_weights(model, tmp_path):
 
 
 def test_a_folder_that_computes_something_else(hub, checkpoint, monkeypatch):
-    real = hub_command.export_folder
+    real = hub_module.export_folder
 
     def other(model, out_dir, run):
         real(make('netaug_mbv2_tiny'), out_dir, run)
 
-    monkeypatch.setattr(hub_command, 'export_folder', other)
+    monkeypatch.setattr(hub_module, 'export_folder', other)
     assert 'does not compute what the checkpoint does' in refusal('push', checkpoint, REPO)
     assert REPO not in hub.repos
 
@@ -333,7 +339,7 @@ def test_dropped_upload(hub, folder, model):
 
 def test_changed_in_the_meantime(hub, folder, monkeypatch):
     run('push', folder, REPO)
-    monkeypatch.setattr(hub_command, '_check_reload', lambda *a: hub.put(REPO, notes__md=b'of somebody else'))
+    monkeypatch.setattr(hub_module, '_check_reload', lambda *a: hub.put(REPO, notes__md=b'of somebody else'))
     assert 'changed by somebody else in the meantime' in refusal('push', folder, REPO)
     assert len(hub.repos[REPO]['commits']) == 2
 
@@ -549,8 +555,7 @@ def test_pages(hub, model, few_digits, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', bool(offline))
         del hub.requests[:]
         program, *argv = shlex.split(line.removeprefix('-m '))
-        {'validate.py': validate, 'timm_netaug.info': describe, 'timm_netaug.hub': run,
-         'timm_netaug.convert': convert}[program](*argv)
+        {'validate.py': validate, 'timm_netaug': lambda *argv: run_command(argv)}[program](*argv)
         assert not (offline and hub.requests)
         if 'OUT_DIR' in argv:
             timm.create_model('local-dir:OUT_DIR', pretrained=True)
@@ -565,7 +570,7 @@ def test_baseline(run_dir, tmp_path):
     """The accuracy of the same training without NetAug is on the card; that of another training is refused."""
     twin = torch.load(run_dir / 'last.pth.tar', weights_only=False)
     twin['args'].netaug, twin['metric'] = False, 12.5
-    push = ['-m', 'timm_netaug.hub', 'push', run_dir / 'last.pth.tar', 'OWNER/x',
+    push = ['-m', 'timm_netaug', 'hub', 'push', run_dir / 'last.pth.tar', 'OWNER/x',
             '--baseline', tmp_path / 'twin.pth.tar', '--baseline-about', 'of another start']
     torch.save(twin, tmp_path / 'twin.pth.tar')
     run_python(*push, '--dry-run', tmp_path / 'out')
@@ -581,6 +586,6 @@ def test_baseline_of_more_processes(run_dir, tmp_path):
     twin = torch.load(run_dir / 'last.pth.tar', weights_only=False)
     twin['args'].netaug, twin['metric'], twin['args'].world_size = False, 12.5, 2
     torch.save(twin, tmp_path / 'twin.pth.tar')
-    done = run_python('-m', 'timm_netaug.hub', 'push', run_dir / 'last.pth.tar', 'OWNER/x', '--baseline',
+    done = run_python('-m', 'timm_netaug', 'hub', 'push', run_dir / 'last.pth.tar', 'OWNER/x', '--baseline',
                       tmp_path / 'twin.pth.tar', '--dry-run', tmp_path / 'out', check=False)
     assert done.returncode == 1 and 'processes is 2 there and 1 here' in done.stderr

@@ -1,4 +1,4 @@
-"""What `timm_netaug.info` tells of a model, against figures by hand, and the picture of a run."""
+"""What `python -m timm_netaug info` tells of a model, against figures by hand, and the picture of a run."""
 import csv
 import json
 from argparse import Namespace
@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_netaug
 from conftest import MODELS, generator, images, make, make_supernet
-from timm_netaug import info
-from timm_netaug.checkpoint import describe_run
+from timm_netaug.cli import info
+from timm_netaug.cli.curves import write_curves
 from timm_netaug.errors import UserError
-from timm_netaug.export import export_folder
 from timm_netaug.info import describe
-from timm_netaug.scripts.curves import write_curves
+from timm_netaug.io.folder import export_folder
+from timm_netaug.io.run import RunDescription
 
 # Peak of the activations by hand, from the layer tables: the largest expanded tensor with the output of its depthwise
 # convolution, and where there is a skip connection the block's input; or with the input that it is made from.
@@ -154,10 +154,10 @@ def test_command(tmp_path, capsys):
 
     model = make('netaug_mbv2_tiny', in_chans=1)
     model._model_args = dict(in_chans=1)
-    run = describe_run(model, dict(input_size=(1, 64, 64)), None)
-    run['netaug'] = timm_netaug.NetAugConfig(width_mults=(1.0,)).to_dict()
+    netaug = timm_netaug.NetAugConfig(width_mults=(1.0,)).to_dict()
+    run = RunDescription.from_model(model, dict(input_size=(1, 64, 64)), netaug=netaug)
     path = str(tmp_path / 'last.pth.tar')
-    torch.save(dict(state_dict=model.state_dict(), args=Namespace(run=run)), path)
+    torch.save(dict(state_dict=model.state_dict(), args=Namespace(run=run.to_dict())), path)
     info.main([path, '--json', '--samples', '3', '--netaug-expand-mults', '1', '2'])
     d = json.loads(capsys.readouterr().out)
     assert (d['input_size'], d['num_classes'], d['netaug']['samples']) == ([1, 64, 64], 10, 3)
@@ -182,7 +182,7 @@ def test_command(tmp_path, capsys):
     ):
         with pytest.raises(SystemExit) as e:
             info.main(argv)
-        assert str(e.value).startswith('timm_netaug.info: error: ') and told in str(e.value)
+        assert str(e.value).startswith('timm_netaug info: error: ') and told in str(e.value)
         assert '\n' not in str(e.value)
     with pytest.raises(UserError, match='EfficientNet can not be traced with an input of 3 x 64 x 64'):
         describe(model, (3, 64, 64))

@@ -17,9 +17,9 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from conftest import MODELS, ROOT
 from timm_netaug import NetAugConfig
 from timm_netaug.card import model_card
-from timm_netaug.fetch import check_config
-from timm_netaug.scripts.args import FREE_FLAGS, check_train_args, netaug_config, parse_args, train_parser
-from timm_netaug.scripts.build import set_up_model
+from timm_netaug.cli.args import FREE_FLAGS, check_train_args, netaug_config, parse_args, train_parser
+from timm_netaug.cli.build import set_up_model
+from timm_netaug.io.folder import check_config
 from timm_netaug.shipped import shipped_cfgs
 
 FOLDER = ROOT / 'hfconfigs'
@@ -120,10 +120,11 @@ def test_model_and_input(recipe):
         ratio=args.ratio, hflip=args.hflip, color_jitter=args.color_jitter))
     assert 'scale=(0.08, 1.0)' in train and 'interpolation=bilinear' in train and 'p=0.5' in train
     if args.netaug:
-        config, default = netaug_config(args).resolve(args.model), NetAugConfig().resolve(args.model)
+        config, training = netaug_config(args)
+        config, default = config.resolve(args.model), NetAugConfig().resolve(args.model)
         assert config.width_mults == default.width_mults and config.expand_mults == default.expand_mults
         epochs = args.epochs + args.warmup_epochs
-        widths = sum(epoch < config.stop_width_at * epochs for epoch in range(epochs))
+        widths = sum(epoch < training.stop_width_at * epochs for epoch in range(epochs))
         assert epochs - widths == args.epochs // 2  # as the reference counts, from the end
 
 

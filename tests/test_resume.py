@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import ROOT, SMALL_RUN, run_python
-from timm_netaug.checkpoint import AtomicSaver
+from timm_netaug.io.saver import AtomicSaver
 
 # How many moments to kill at: they are random, so more of them are more thorough.
 KILLS = int(os.environ.get('NETAUG_TEST_KILLS', 2))

@@ -20,8 +20,8 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 
-from timm_netaug.scripts import train
-from timm_netaug.scripts.args import parse_args, train_parser
+from timm_netaug.cli import train
+from timm_netaug.cli.args import parse_args, train_parser
 
 EPOCHS, BATCHES = 4, 3
 

@@ -15,11 +15,12 @@ from timm.utils import NativeScaler, ParseKwargs, dispatch_clip_grad
 
 import timm_netaug
 from conftest import ROOT, SMALL_RUN, images, make, make_supernet, readme_block, run_python
-from timm_netaug.checkpoint import describe_run
+from timm_netaug.cli import args, build
+from timm_netaug.cli.args import check_train_args, netaug_config, parse_args, train_parser, validate_parser
 from timm_netaug.errors import UserError
-from timm_netaug.export import export_folder
-from timm_netaug.scripts import args, build
-from timm_netaug.scripts.args import check_train_args, netaug_config, parse_args, train_parser, validate_parser
+from timm_netaug.io.data import DataSource
+from timm_netaug.io.folder import export_folder
+from timm_netaug.io.run import RunDescription
 
 SMALL = ['--num-classes', 10, '--img-size', 32, '-b', 256, '-j', 0, '--warmup-epochs', 0, '--crop-pct', 1.0]
 
@@ -95,8 +96,8 @@ def test_refused_by_name(argv, said):
 
 def test_every_flag_is_read_or_refused():
     """No flag is parsed and then forgotten."""
-    code = ''.join((ROOT / 'timm_netaug/scripts' / p).read_text() for p in (
-        'train.py', 'build.py', 'data.py', 'device.py', 'loaders.py', 'run_folder.py'))
+    code = ''.join((ROOT / 'timm_netaug/cli' / p).read_text() for p in (
+        'train.py', 'build.py', 'device.py', 'loaders.py', 'run_folder.py'))
     refused = set(args._REFUSED)  # with --netaug alone is not enough
     by_timm = {  # read off the arguments by timm's helpers
         'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'layer_decay', 'layer_decay_min_scale',
@@ -105,6 +106,7 @@ def test_every_flag_is_read_or_refused():
         'warmup_prefix', 'cooldown_epochs', 'patience_epochs', 'decay_rate', 'img_size', 'input_size', 'mean', 'std',
         'crop_pct', 'interpolation', 'epochs'}
     by_timm |= {'data', 'local_rank'}  # by parse_args and check_train_args
+    by_timm |= {field.name for field in dataclasses.fields(DataSource)}  # by data_source
     dests = [a.dest for a in train_parser()._actions if a.dest not in ('help', 'config')]
     unread = [d for d in dests if not re.search(rf'args\.{d}\b', code) and not d.startswith('netaug_')]
     assert len(dests) > 170 and set(unread) <= by_timm | refused, set(unread) - by_timm - refused
@@ -162,7 +164,8 @@ def test_run_with_netaug(run_dir):
         total = float(r['train_tiny_loss']) + float(r['train_aug_loss'])
         assert float(r['train_loss']) == pytest.approx(total, rel=1e-5)
     saved = torch.load(run_dir / 'last.pth.tar', weights_only=False)
-    assert saved['task_state']['netaug'] == timm_netaug.NetAugConfig().resolve('netaug_mbv2_tiny').to_dict()
+    config, training = timm_netaug.NetAugConfig().resolve('netaug_mbv2_tiny'), timm_netaug.NetAugTraining()
+    assert saved['task_state']['netaug'] == {**config.to_dict(), **training.to_dict()}
     run = saved['args'].run
     assert run['class_names'] == [str(i) for i in range(10)]
     assert run['data_config']['input_size'] == (3, 32, 32) and run['data_config']['crop_pct'] == 1.0
@@ -175,7 +178,7 @@ def test_run_with_netaug(run_dir):
 
 def test_export_and_validate(run_dir, digits, tmp_path):
     best = run_dir / 'model_best.pth.tar'
-    done = run_python('-m', 'timm_netaug.export', best, tmp_path / 'out')
+    done = run_python('-m', 'timm_netaug', 'export', best, tmp_path / 'out')
     assert not done.stderr and f"timm.create_model('local-dir:{tmp_path}/out', pretrained=True)" in done.stdout
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['config.json', 'model.safetensors']
     config = json.loads((tmp_path / 'out/config.json').read_text())
@@ -256,7 +259,7 @@ def register_weights(monkeypatch, name, model, file):
 @pytest.mark.parametrize('flag, classes', [('--pretrained', 10), ('--pretrained', 3), ('--initial-checkpoint', 10)])
 def test_starts_from_registered_weights_and_checkpoints(flag, classes, netaug, few_digits, tmp_path, monkeypatch):
     """As above, for the other two flags."""
-    from timm_netaug.scripts import train
+    from timm_netaug.cli import train
     given, file = make('test_efficientnet', num_classes=classes), tmp_path / 'given.pth'
     register_weights(monkeypatch, 'test_efficientnet', given, file)
     argv = ['train.py', '--data-dir', few_digits, *SMALL_RUN, '-b', 60, '-j', 0, '--epochs', 1, '--lr', 0,
@@ -271,9 +274,8 @@ def test_starts_from_registered_weights_and_checkpoints(flag, classes, netaug, f
 
 def test_average_of_the_weights(few_digits, tmp_path, capsys, monkeypatch):
     """With NetAug: it is what is evaluated, and what --use-ema takes, also of a run that did not evaluate it."""
-    from timm_netaug import hub
-    from timm_netaug.export import __main__ as export_command
-    from timm_netaug.scripts import train, validate
+    from timm_netaug.cli import export as export_command
+    from timm_netaug.cli import hub, train, validate
 
     def call(main, *argv):
         monkeypatch.setattr(sys, 'argv', ['command', *map(str, argv)])
@@ -313,7 +315,7 @@ def test_gradient_of_a_step(scaled, clip):
 
     The scaler is the one that a GPU gets. Five batches in twos: the last one is alone.
     """
-    from timm_netaug.scripts.train import train_one_epoch
+    from timm_netaug.cli.train import train_one_epoch
     limit = 0.01
     clipping = ['--clip-grad', str(limit), '--clip-mode', clip] if clip else []
     args = parse_args(train_parser(), ['--data-dir', 'D', '--netaug', '--grad-accum-steps', '2', *clipping])
@@ -346,7 +348,7 @@ def test_everything_at_once_still_trains(digits, tmp_path):
                '--epochs', 1, '--grad-accum-steps', 4, '--clip-grad', 1.0, '--model-ema', '--mixup', 0.2,
                '--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--opt', 'adamw', '--lr', 1e-3, '--drop', 0.1,
                '--drop-path', 0.1, '--output', tmp_path, '--experiment', 'run')
-    run_python('-m', 'timm_netaug.export', tmp_path / 'run/last.pth.tar', tmp_path / 'out', '--use-ema')
+    run_python('-m', 'timm_netaug', 'export', tmp_path / 'run/last.pth.tar', tmp_path / 'out', '--use-ema')
     assert timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True).num_classes == 10
 
 
@@ -361,7 +363,7 @@ def teachers(tmp_path_factory):
         model = make(architecture, num_classes=len(classes), **dict(img_size=32) if name == 'vit32' else {})
         size = dict(input_size=(3, 32, 32)) if name == 'vit32' else {}
         config = timm.data.resolve_data_config(size, model=model)
-        export_folder(model, root / name, describe_run(model, config, list(classes)))
+        export_folder(model, root / name, RunDescription.from_model(model, config, list(classes)))
     return root
 
 
@@ -395,7 +397,7 @@ def test_distillation_through_the_script(digits, teachers, tmp_path):
 
 
 @pytest.mark.parametrize('argv, said', [
-    (['--model', 'resnet18', '--netaug'], 'it is of type ResNet, which is not supported'),
+    (['--model', 'mixnet_s', '--netaug'], "module 'blocks.1.0.conv_pw' of type MixedConv2d, which applies split"),
     (['--model', 'netaug_mcunet', '--num-classes', 5], 'has 10 classes, the model 5: add --num-classes 10'),
     (['--model', 'no_such_model'], 'Unknown model no_such_model; the nearest name is'),
     (['--model', 'netaug_mcunet', '--data-dir', '/no/such'], 'there is no folder /no/such'),
@@ -435,7 +437,7 @@ def test_distillation_through_the_script(digits, teachers, tmp_path):
 def test_wrong_input_gets_one_sentence(argv, said, digits, teachers, tmp_path, capsys, monkeypatch):
     if 'cuda' in argv and torch.cuda.is_available():
         pytest.skip('there is a GPU')
-    from timm_netaug.scripts import train
+    from timm_netaug.cli import train
     base = ['train.py', '--data-dir', digits, *SMALL, '--epochs', 1, '--output', tmp_path / 'out', *argv]
     monkeypatch.setattr(sys, 'argv', [str(a).replace('TEACHER', str(teachers)) for a in base])
     with pytest.raises(UserError, match=said) as e:
@@ -455,7 +457,7 @@ def test_wrong_input_gets_one_sentence(argv, said, digits, teachers, tmp_path, c
 ])
 def test_weights_to_start_from_that_are_wrong(flag, content, said, few_digits, teachers, tmp_path, monkeypatch):
     """Told before anything is trained; timm itself would start such a --pretrained-path from scratch."""
-    from timm_netaug.scripts import train
+    from timm_netaug.cli import train
     whole = teachers / 'same/model.safetensors'
     (tmp_path / 'broken').mkdir()
     (tmp_path / 'broken/config.json').write_bytes((teachers / 'same/config.json').read_bytes())
@@ -554,9 +556,9 @@ def test_printed_line_loads_the_model(digits, tmp_path):
         '--model-ema', '--output', tmp_path, '--experiment', 'run')
     scope = {}
     exec('\n'.join(line.strip() for line in done.stdout.split('\n\n')[1].splitlines()), scope)
-    from timm_netaug.checkpoint import load_run
-    model, run, _ = load_run(str(tmp_path / 'run/model_best.pth.tar'))
-    assert run['ema'] and torch.equal(scope['model'].eval()(images(2, 32)), model(images(2, 32)))
+    from timm_netaug.load import load_model
+    loaded = load_model(str(tmp_path / 'run/model_best.pth.tar'))
+    assert loaded.run.ema and torch.equal(scope['model'].eval()(images(2, 32)), loaded.model(images(2, 32)))
     assert scope['model'].bn1.eps == 0.1
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import MODELS, ROOT, images, run_python
-from timm_netaug import hub
+from timm_netaug.cli import hub
 from timm_netaug.shipped import shipped_cfgs, shipped_folder
 
 SHIPPED = sorted(shipped_cfgs())
@@ -97,7 +97,7 @@ def test_clean_offline_machine(tmp_path):
 def test_push(tmp_path):
     """The folder that the Hub gets of shipped weights, by their name."""
     name = 'netaug_mbv2_tiny.netaug_cifar10'
-    run_python('-m', 'timm_netaug.hub', 'push', name, f'OWNER/{name}', '--dry-run', tmp_path / 'out')
+    run_python('-m', 'timm_netaug', 'hub', 'push', name, f'OWNER/{name}', '--dry-run', tmp_path / 'out')
     there = shipped_folder(name)
     digests = [hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest()
                for folder in (there, tmp_path / 'out')]

@@ -11,7 +11,7 @@ from timm.utils import CheckpointSaver
 
 import timm_netaug
 from conftest import MODELS, OTHERS, generator, images, make, make_supernet
-from timm_netaug import NetAugTask
+from timm_netaug import NetAugConfig, NetAugTask
 from timm_netaug.task import distillation_loss, step_generator
 
 
@@ -20,7 +20,9 @@ def labels(batch=4):
 
 
 def make_task(name='netaug_mbv2_tiny', config={}, **kwargs):
-    return NetAugTask(make_supernet(name, config).train(), verbose=False, **kwargs)
+    shape = {k: v for k, v in config.items() if k in NetAugConfig.__dataclass_fields__}
+    training = {k: v for k, v in config.items() if k not in shape}
+    return NetAugTask(make_supernet(name, shape).train(), verbose=False, **training, **kwargs)
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -102,7 +104,8 @@ def test_checkpoint_is_the_stock_tiny_model(name, tmp_path):
     x = images()
     assert torch.equal(stock(x), task.get_eval_model(ema=True).eval()(x))  # timm prefers the EMA where there is one
     saved = torch.load(file, weights_only=True)
-    assert saved['task_state']['netaug'] == task.supernet.netaug_config.to_dict()
+    assert saved['task_state']['netaug'] == {
+        **task.supernet.netaug_config.to_dict(), **task.training_config.to_dict()}
     assert saved['state_dict'].keys() == stock.state_dict().keys()
 
     other = make_task(name, dict(alpha=0.5))

@@ -1,6 +1,7 @@
 """validate.py: its flags against independent computations, in bulk, and what it refuses."""
 import argparse
 import csv
+import dataclasses
 import json
 import re
 import sys
@@ -14,12 +15,14 @@ from safetensors.torch import save_file
 from timm.models import reparameterize_model
 
 from conftest import ROOT, make, make_supernet
-from timm_netaug.checkpoint import describe_run
+from timm_netaug import evaluate as evaluation
+from timm_netaug.cli import export as export_command
+from timm_netaug.cli import validate as script
+from timm_netaug.cli.args import check_validate_args, parse_args, validate_parser
 from timm_netaug.errors import UserError
-from timm_netaug.export import __main__ as export_command
-from timm_netaug.scripts import validate as script
-from timm_netaug.scripts.args import check_validate_args, parse_args, validate_parser
-from timm_netaug.scripts.labels import LabelEvaluator
+from timm_netaug.io.data import DataSource
+from timm_netaug.io.run import RunDescription
+from timm_netaug.labels import LabelEvaluator
 
 CONFIG = dict(input_size=(3, 32, 32), mean=(0.3,) * 3, std=(0.35,) * 3, interpolation='bicubic', crop_pct=1.0,
               crop_mode='center')
@@ -38,8 +41,8 @@ def varied(model):
 
 def save_run(path, model, **changes):
     """Write a checkpoint as train.py does, of a model that was not trained."""
-    run = describe_run(model, CONFIG, [str(i) for i in range(10)])
-    torch.save(dict(state_dict=model.state_dict(), args=argparse.Namespace(run=run), **changes), path)
+    run = RunDescription.from_model(model, CONFIG, [str(i) for i in range(10)])
+    torch.save(dict(state_dict=model.state_dict(), args=argparse.Namespace(run=run.to_dict()), **changes), path)
     return path
 
 
@@ -94,11 +97,12 @@ def hits_in(logits, labels, k):
 
 def test_every_flag_is_read():
     """No flag is parsed and then forgotten."""
-    code = ''.join((ROOT / 'timm_netaug/scripts' / f'{name}.py').read_text()
-                   for name in ('validate', 'subject', 'results', 'labels', 'data', 'device', 'evaluate'))
-    checks = (ROOT / 'timm_netaug/scripts/args.py').read_text()
+    code = ''.join((ROOT / 'timm_netaug/cli' / f'{name}.py').read_text()
+                   for name in ('validate', 'subject', 'results', 'device'))
+    checks = (ROOT / 'timm_netaug/cli/args.py').read_text()
     checks = checks[checks.index('def check_validate_args'):]
     by_timm = {'input_size', 'img_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation'}
+    by_timm |= {field.name for field in dataclasses.fields(DataSource)}  # by data_source
     dests = [a.dest for a in validate_parser()._actions if a.dest not in ('help', 'config', 'data')]
     assert len(dests) > 50
     assert {d for d in dests if not re.search(rf'args\.{d}\b', code)} <= by_timm
@@ -320,7 +324,7 @@ def test_names(run, model, checkpoint, tmp_path, capsys, monkeypatch):
 
 def test_retry(run, checkpoint, monkeypatch):
     """Smaller batches help against little memory only; the metrics start anew."""
-    want, evaluate, sizes = run('--checkpoint', checkpoint), script.evaluate, []
+    want, evaluate, sizes = run('--checkpoint', checkpoint), evaluation.evaluate, []
 
     def short(model, loader, *args, error='CUDA out of memory.', **kwargs):
         sizes.append(loader.loader.batch_size)
@@ -329,18 +333,18 @@ def test_retry(run, checkpoint, monkeypatch):
             raise RuntimeError(error)
         return evaluate(model, loader, *args, **kwargs)
 
-    monkeypatch.setattr(script, 'evaluate', short)
+    monkeypatch.setattr(evaluation, 'evaluate', short)
     got = run('--checkpoint', checkpoint, '-b', 128, '--retry')
     assert sizes == [128, 96, 64, 48] and {**got, 'loss': 0} == {**want, 'loss': 0}
     assert got['loss'] == pytest.approx(want['loss'], rel=1e-4)
     with pytest.raises(UserError, match='batches of 128: use a smaller --batch-size or --retry'):
         run('--checkpoint', checkpoint, '-b', 128)
-    monkeypatch.setattr(script, 'evaluate', lambda *a, **k: short(*a, **k, error='shapes differ'))
+    monkeypatch.setattr(evaluation, 'evaluate', lambda *a, **k: short(*a, **k, error='shapes differ'))
     del sizes[:]
     with pytest.raises(RuntimeError, match='shapes differ'):
         run('--checkpoint', checkpoint, '-b', 128, '--retry')
     assert sizes == [128]
-    monkeypatch.setattr(script, 'evaluate', lambda *a, **k: (_ for _ in ()).throw(RuntimeError('out of memory')))
+    monkeypatch.setattr(evaluation, 'evaluate', lambda *a, **k: (_ for _ in ()).throw(RuntimeError('out of memory')))
     with pytest.raises(UserError, match='batches of 1: use a smaller --batch-size'):
         run('--checkpoint', checkpoint, '-b', 4, '--retry')
 
@@ -471,10 +475,10 @@ def refused(run, capsys, monkeypatch, path, *argv):
         run('--checkpoint', path, *argv)
     out = path.parent / 'exported'
     monkeypatch.setattr(sys, 'argv', ['export', str(path), str(out)])
-    with pytest.raises(SystemExit, match='^timm_netaug.export: error: ') as export_said:
+    with pytest.raises(SystemExit, match='^timm_netaug export: error: ') as export_said:
         export_command.main()
     assert not out.exists() and '\n' not in str(said.value) + str(export_said.value)
-    return str(said.value), str(export_said.value).removeprefix('timm_netaug.export: error: ')
+    return str(said.value), str(export_said.value).removeprefix('timm_netaug export: error: ')
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('-inf')])
@@ -526,7 +530,7 @@ def test_weights_of_another_network(run, model, tmp_path, capsys, monkeypatch):
     name = ['--model', 'netaug_mbv2_tiny']
     torch.save({'state_dict': make_supernet('netaug_mbv2_tiny').state_dict()}, file)
     said = refused(run, capsys, monkeypatch, file, *name)
-    assert 'wider' in said[0] and '`python -m timm_netaug.export` cuts the tiny model out' in said[0]
+    assert 'wider' in said[0] and '`python -m timm_netaug export` cuts the tiny model out' in said[0]
     assert 'is not a checkpoint of train.py' in said[1]
     torch.save(make('netaug_mcunet').state_dict(), file)
     assert re.search(r'does not fit netaug_mbv2_tiny: .*of another architecture.*--model',
@@ -552,6 +556,6 @@ def test_input_that_the_model_does_not_take(run, tmp_path):
     with pytest.raises(UserError, match='vit_tiny_patch16_224 does not take such an input'):
         run('--checkpoint', path, '--img-size', 64)
     grey = make('netaug_mbv2_tiny', in_chans=1)
-    run_grey = describe_run(grey, {**CONFIG, 'input_size': (1, 32, 32), 'mean': (0.3,), 'std': (0.35,)}, None)
-    torch.save(dict(state_dict=grey.state_dict(), args=argparse.Namespace(run=run_grey)), path)
+    run_grey = RunDescription.from_model(grey, {**CONFIG, 'input_size': (1, 32, 32), 'mean': (0.3,), 'std': (0.35,)})
+    torch.save(dict(state_dict=grey.state_dict(), args=argparse.Namespace(run=run_grey.to_dict())), path)
     assert run('--checkpoint', path, '--img-size', 64)['img_size'] == 64

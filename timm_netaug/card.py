@@ -1,85 +1,25 @@
-"""The model card of a Hub repository, filled from a checkpoint; what is not known stands nowhere in it."""
-import argparse
-import math
+"""The model card of a Hub repository, filled from the facts in its `config.json`; what is not known is left out."""
 import re
 import shlex
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping
 
 import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCardData
-from timm.utils import ParseKwargs
 
 from .costs import MEMORY_MODEL
 from .info import describe
-from .scripts.args import FREE_FLAGS, train_parser
 
-__all__ = ['facts_of_run', 'known_facts', 'model_card', 'without_netaug']
+__all__ = ['METRICS', 'known_facts', 'model_card']
 
 _FACTS = dict(command=list, processes=int, evaluated_with=list, epoch=int, epochs=int, metrics=dict, images=int,
               dataset=str, dataset_terms=str, converted_from=str, baseline=dict, baseline_about=str)
-_METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
-_PATHS = ('pretrained_path', 'initial_checkpoint', 'class_map')  # where they lie is of no use to others
-_DATASET = ('dataset', 'input_img_mode', 'input_key', 'target_key')  # that validate.py needs too
+METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
 _CITATION = """@inproceedings{cai2022netaug,
   title={Network Augmentation for Tiny Deep Learning},
   author={Cai, Han and Gan, Chuang and Lin, Ji and Han, Song},
   booktitle={International Conference on Learning Representations},
   year={2022}
 }"""
-
-
-def _flags(args: argparse.Namespace, only: Optional[tuple] = None) -> List[str]:
-    """Return the command line of what differs from the defaults of `train.py`."""
-    parser, argv = train_parser(), []
-    for action in parser._actions:
-        value = getattr(args, action.dest, action.default)
-        if action.dest in ('help', *FREE_FLAGS) or (only and action.dest not in only):
-            continue
-        if value == action.default:
-            continue
-        if action.dest in _PATHS:
-            value = str(value).replace('\\', '/').rpartition('/')[2]
-        argv.append(max(action.option_strings, key=len))
-        if isinstance(action, ParseKwargs):
-            argv += [f'{k}={v!r}' for k, v in value.items()]
-        elif not isinstance(action, argparse._StoreTrueAction):
-            argv += map(str, value if isinstance(value, (list, tuple)) else [value])
-    return argv
-
-
-def without_netaug(command: List[str]) -> List[str]:
-    """Return the flags of a command that are not NetAug's."""
-    words, skip = [], False
-    for word in command:
-        if word.startswith('--'):
-            skip = word.startswith('--netaug')
-        if not skip:
-            words.append(word)
-    return words
-
-
-def facts_of_run(checkpoint: Mapping[str, Any], use_ema: Optional[bool] = None) -> Dict[str, Any]:
-    """Collect, as plain data, what a checkpoint of `train.py` says of its training.
-
-    Args:
-        use_ema: Whether the weights are the moving average; None: those that the run validated.
-    """
-    args = train_parser().parse_args([])  # flags that an earlier version did not have yet
-    vars(args).update(vars(checkpoint['args']))
-    facts = dict(
-        command=_flags(args),
-        processes=getattr(args, 'world_size', 1),
-        evaluated_with=[*_flags(args, _DATASET), '--split', args.val_split],
-    )
-    if 'epoch' in checkpoint:
-        facts.update(epoch=checkpoint['epoch'] + 1, epochs=args.epochs)
-    metric = checkpoint.get('metric')
-    of_these_weights = use_ema is None or use_ema == args.run.get('ema', False)
-    if args.eval_metric in _METRICS and metric is not None and math.isfinite(metric) and of_these_weights:
-        facts['metrics'] = {args.eval_metric: metric}
-    if '/' in args.dataset:
-        facts['dataset'] = args.dataset.partition('/')[2]
-    return facts
 
 
 def known_facts(config: Mapping[str, Any]) -> Dict[str, Any]:
@@ -91,7 +31,7 @@ def known_facts(config: Mapping[str, Any]) -> Dict[str, Any]:
             facts[key] = [str(word) for word in facts[key]]
     for key in ('metrics', 'baseline'):
         if key in facts:
-            facts[key] = {k: v for k, v in facts[key].items() if k in _METRICS and isinstance(v, (int, float))}
+            facts[key] = {k: v for k, v in facts[key].items() if k in METRICS and isinstance(v, (int, float))}
     return facts
 
 
@@ -104,7 +44,7 @@ def _front_matter(name: str, config: Mapping[str, Any], facts: Mapping[str, Any]
             dataset_name=dataset or 'image folder',
             dataset_split=split,
             metric_type='accuracy',
-            metric_name=_METRICS[key],
+            metric_name=METRICS[key],
             metric_value=round(value, 4),
         )
         for key, value in facts.get('metrics', {}).items()
@@ -174,9 +114,9 @@ Computed for {size}, not measured on a board. {MEMORY_MODEL}""",
         terms = f': {facts["dataset_terms"]}' if facts.get('dataset_terms') else ''
         parts.append(f'## Data\n\n{facts["dataset"]}{terms}')
     if facts.get('metrics'):
-        rows = ''.join(f'| {_METRICS[k]} | {v:.2f} % |\n' for k, v in facts['metrics'].items())
+        rows = ''.join(f'| {METRICS[k]} | {v:.2f} % |\n' for k, v in facts['metrics'].items())
         about = f' ({facts["baseline_about"]})' if facts.get('baseline_about') else ''
-        rows += ''.join(f'| {_METRICS[k]} of the same training without NetAug{about}, of one seed | {v:.2f} % |\n'
+        rows += ''.join(f'| {METRICS[k]} of the same training without NetAug{about}, of one seed | {v:.2f} % |\n'
                         for k, v in facts.get('baseline', {}).items())
         images = f' of {facts["images"]:,} images' if 'images' in facts else ''
         split = facts.get('evaluated_with', ['--split', 'validation'])

@@ -19,6 +19,8 @@ import torch
 import torch.nn as nn
 from torch.fx import Node
 
+from .graph import fingerprint
+
 __all__ = ['MEMORY_MODEL', 'operators']
 
 MEMORY_MODEL = (
@@ -93,6 +95,9 @@ def _place(nodes: Sequence[Node], inputs: Sequence[str]) -> Tuple[Dict[Node, _St
     return storages, in_place
 
 
+_ROWS: Dict[Any, List[Dict[str, Any]]] = {}  # of models that have been traced, by fingerprint
+
+
 def operators(model: nn.Module, input_size: Sequence[int]) -> List[Dict[str, Any]]:
     """List what the operators of a model cost, in forward order, without those that are fused into another one.
 
@@ -104,6 +109,16 @@ def operators(model: nn.Module, input_size: Sequence[int]) -> List[Dict[str, Any
         Rows of `name`, `op`, `shape` (of the output), `macs` (of convolutions and linear layers), `weight_bytes`
         (flash) and `live_bytes` (activations in memory while it runs).
     """
+    key = fingerprint(model, list(input_size))
+    if key is None or key not in _ROWS:
+        rows = _operators(model, input_size)
+        if key is None:
+            return rows
+        _ROWS[key] = rows
+    return [dict(row) for row in _ROWS[key]]
+
+
+def _operators(model: nn.Module, input_size: Sequence[int]) -> List[Dict[str, Any]]:
     with torch.no_grad():
         parameter = next(model.parameters())
         image = torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype)

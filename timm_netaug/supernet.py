@@ -1,30 +1,37 @@
-"""The super-network: a timm model over larger tensors, whose leading slice is the tiny model.
+"""The super-network: a module over larger tensors, whose leading slice is the tiny network.
 
-`augment` makes one from a stock model, `slice_stock` makes stock models of any of its sub-networks.
+`augment` makes one from any stock module, `export` copies any of its sub-networks out of it as a stock module.
 """
 import copy
-import math
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from timm.models.efficientnet import EfficientNet
-from timm.models.mobilenetv3 import MobileNetV3
+from timm.data import resolve_data_config
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from .config import NetAugConfig
-from .elastic import ELASTIC, STATE, STOCK, CheckpointedBlocks, ElasticBatchNormAct2d
-from .layout import Channels, Layout, trace
+from .graph import Channels, Layout, shapes, to_meta, trace
+from .layers import ELASTIC, STATE, Elastic, ElasticBatchNorm
+from .recompute import Mixed, mixed_with, set_recomputed
+from .sorting import importance_orders, permute_channels, to_permute
 
-__all__ = ['SuperNet', 'augment', 'leading_slices', 'slice_stock']
+__all__ = ['SuperNet', 'augment', 'export', 'find_supernet', 'leading_slices']
 
 
-class SuperNet:
-    """What a super-network has beyond the timm model that it is. Outside `sampled` it computes the tiny model.
+_CHECKED_WITH = NetAugConfig(width_mults=(1.5, 2.0, 2.5), expand_mults=(1.4, 1.9))  # every set becomes wider
+_WRAPPERS = (nn.DataParallel, DistributedDataParallel, torch.jit.ScriptModule, OptimizedModule)
+
+
+class SuperNet(Mixed):
+    """What a super-network has beyond the module that it is. Outside `sampled` it computes the tiny network.
 
     Attributes:
         netaug_config: The resolved `NetAugConfig`.
-        layout: The channels that can be augmented (see `layout.Layout`).
+        layout: The channels that can be augmented (see `graph.Layout`).
         max_widths: Channels of every set in the whole super-network, by name.
     """
     netaug_config: NetAugConfig
@@ -49,13 +56,13 @@ class SuperNet:
             lambda c: 1.0 if expand_only else draw(config.width_mults),
             lambda c: draw(config.expand_mults),
             config.divisor,
+            self.max_widths,
         )
 
     @contextmanager
     def active(self, widths: Mapping[str, int]) -> Iterator[Dict[str, int]]:
-        """Be the sub-network of the given widths within the block, and what it was before after it, come what may.
-
-        `backward()` may come after the block.
+        """Compute the sub-network of the given widths within the block. The widths before it come back at its end, also
+        after an error. `backward()` may come after the block.
 
         Args:
             widths: Number of active channels of every set, as `sample_widths` returns them.
@@ -64,28 +71,22 @@ class SuperNet:
             ValueError: A channel set is missing, unknown, or its width not between the tiny and the full one.
         """
         widths = self.check_widths(widths)
-        modules = dict(self.named_modules())
-        convs = {modules[name]: widths[c.name] for c in self.layout.channels.values() for name in c.writers}
-        norms = [m for m in modules.values() if isinstance(m, ElasticBatchNormAct2d)]
-        before = {conv: conv.active_out for conv in convs}, [norm.augmented for norm in norms]
+        state = {self.get_submodule(name): ('active_out', widths[c.name])
+                 for c in self.layout.channels.values() for name in c.writers}
+        state.update({m: ('augmented', True) for m in self.modules() if isinstance(m, ElasticBatchNorm)})
+        before = {layer: getattr(layer, attribute) for layer, (attribute, _) in state.items()}
         try:
-            for conv, width in convs.items():
-                conv.active_out = width
-            for norm in norms:
-                norm.augmented = True
+            for layer, (attribute, value) in state.items():
+                setattr(layer, attribute, value)
             yield widths
         finally:
-            for conv, width in before[0].items():
-                conv.active_out = width
-            for norm, augmented in zip(norms, before[1]):
-                norm.augmented = augmented
+            for layer, value in before.items():
+                setattr(layer, state[layer][0], value)
 
     @contextmanager
     def sampled(self, generator: torch.Generator, expand_only: bool = False) -> Iterator[Dict[str, int]]:
-        """Be one augmented sub-network, drawn from `generator` alone, within the block; yields its widths.
-
-        Args: as for `sample_widths`.
-        """
+        """Compute one augmented sub-network, drawn from `generator` alone, within the block; yields its widths. See
+        `sample_widths` for the arguments."""
         with self.active(self.sample_widths(generator, expand_only)) as widths:
             yield widths
 
@@ -100,34 +101,38 @@ class SuperNet:
             raise ValueError(f"Widths need exactly one entry for each of the super-network's channel sets"
                              f' (`supernet.max_widths`); missing or unknown: {", ".join(wrong[:5])}.')
         for name, full in self.max_widths.items():
-            if not self.layout.channels[name].base <= widths[name] <= full:
-                raise ValueError(f"Width {widths[name]} of '{name}' is not between the tiny model's"
-                                 f' {self.layout.channels[name].base} and the super-network\'s {full}.')
+            base = self.layout.channels[name].base
+            if not base <= widths[name] <= full:
+                raise ValueError(f"Width {widths[name]} of '{name}' is not between the tiny model's {base} and the"
+                                 f" super-network's {full}.")
         return {name: int(widths[name]) for name in self.max_widths}
 
     @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_weights(self, sort: bool = True) -> None:
         """Initialise the whole super-network for a training from scratch, as the reference does.
 
         Convolutions: Kaiming-uniform (a = sqrt 5) with the fan-in of the full tensor; classifier: truncated normal
-        of 0.02. The channels are sorted at once, so that the tiny model starts with the largest ones.
-        """
-        for name, tensor in self.named_parameters():
-            tensor.copy_(_initial(self, name, tensor, self.layout))
-        for name, tensor in self.named_buffers():
-            tensor.fill_(1 if name.endswith('running_var') else 0)
-        if self.netaug_config.sort:
-            self.sort_channels()
-
-    @torch.no_grad()
-    def sort_channels(self, optimizer: Optional[torch.optim.Optimizer] = None) -> Dict[str, torch.Tensor]:
-        """Bring the most important expansion channels of every block to the front (section 3.3 of the paper).
-
-        The importance of a channel is the L1 norm of the weights that read it: those of the block's projection, and
-        in squeeze-excite those of the expanding convolution. The function of the full super-network stays as it is.
+        of 0.02. Tensors that no augmented channels run along stay as they are, such as the biases of predictions.
 
         Args:
-            optimizer: Its state of the sorted weights is permuted with them.
+            sort: Sort the channels at once, so that the tiny network starts with the largest ones.
+        """
+        for name, tensor in self.named_parameters():
+            if name in self.layout.axes:
+                _fill(self, name, tensor)
+        for name, tensor in self.named_buffers():
+            if isinstance(self.get_submodule(name.rpartition('.')[0]), ElasticBatchNorm):
+                tensor.fill_(1 if name.endswith('running_var') else 0)
+        if sort:
+            self.sort_channels()
+
+    def sort_channels(self, optimizer: Optional[torch.optim.Optimizer] = None) -> Dict[str, torch.Tensor]:
+        """Bring the most important channels of every block to the front (see `sorting.importance_orders`).
+
+        The function of the full super-network stays as it is.
+
+        Args:
+            optimizer: Its state of the sorted weights is permuted with them. It may hold other parameters, too.
 
         Returns:
             Orders that were applied, by channel set; `permute_channels` applies them to a copy (an EMA, say).
@@ -135,40 +140,17 @@ class SuperNet:
         Raises:
             ValueError: The optimizer keeps a state that can not be permuted. Nothing was changed.
         """
-        orders = {}
-        for c in self.layout.channels.values():
-            if c.kind == 'width':
-                continue
-            # The reader is the block's projection for 'expand', the expanding convolution for 'squeeze'; both are
-            # dense. Squeeze-excite's reduction reads expansion channels too, but they are its input, not its choice.
-            reader = next(
-                name for name, axis in self.layout.axes.items()
-                if axis.get(1) is c and (c.kind == 'squeeze' or axis[0].kind == 'width'))
-            importance = self.get_parameter(reader).abs().sum((0, 2, 3))
-            orders[c.name] = importance.argsort(descending=True, stable=True)
+        orders = importance_orders(self, self.layout)
         self.permute_channels(orders, optimizer)
         return orders
 
-    @torch.no_grad()
     def permute_channels(
             self,
             orders: Mapping[str, torch.Tensor],
             optimizer: Optional[torch.optim.Optimizer] = None,
     ) -> None:
-        """Reorder channels in all tensors that they run through, and in the optimizer's state of them.
-
-        Args:
-            orders: For channel sets by name: the old position of every channel of the super-network, in new order.
-
-        Raises:
-            ValueError: The optimizer keeps a state that can not be permuted. Nothing was changed.
-        """
-        for tensor, dims in self._to_permute(orders, optimizer):
-            for dim, order in dims.items():
-                tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))
-        for module in self.modules():
-            if isinstance(module, ElasticBatchNormAct2d):
-                module.since_sort = 0  # the tiny network is another function now
+        """Apply the orders that another super-network was sorted with. See `sort_channels`."""
+        permute_channels(self, self.layout, orders, optimizer)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Check, once an optimizer has made a step, that its state can be sorted with the weights.
@@ -176,54 +158,37 @@ class SuperNet:
         Raises:
             ValueError: It keeps a state that can not be permuted.
         """
-        self._to_permute(dict.fromkeys(self.layout.channels), optimizer)
-
-    def _to_permute(
-            self,
-            orders: Mapping[str, Any],
-            optimizer: Optional[torch.optim.Optimizer],
-    ) -> List[Tuple[torch.Tensor, Dict[int, Any]]]:
-        """List all tensors that channel sets run through, with the orders of their axes."""
-        while hasattr(optimizer, '_base_optimizer'):  # timm's Lookahead
-            optimizer = optimizer._base_optimizer
-        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        todo = []
-        for name, axis in self.layout.axes.items():
-            dims = {dim: orders[c.name] for dim, c in axis.items() if c.name in orders}
-            if not dims:
-                continue
-            tensor = tensors[name]
-            todo.append((tensor, dims))
-            if tensor.grad is not None:
-                todo.append((tensor.grad, dims))
-            for key, state in (optimizer.state.get(tensor, {}) if optimizer is not None else {}).items():
-                if state is None or isinstance(state, (int, float)) or (torch.is_tensor(state) and state.numel() == 1):
-                    continue
-                if not torch.is_tensor(state) or state.shape != tensor.shape:
-                    raise ValueError(
-                        f"{type(optimizer).__name__} keeps a '{key}' for '{name}' that is not of its shape"
-                        f' {tuple(tensor.shape)} and can not be sorted with it. Use another optimizer or'
-                        f' NetAugConfig(sort=False).')
-                todo.append((state, dims))
-        return todo
+        to_permute(self, self.layout, dict.fromkeys(self.layout.channels), optimizer)
 
     @property
     def batches_since_sort(self) -> Optional[int]:
         """Tiny training batches since the last sort, None once they no longer matter to BatchNorm's statistics."""
-        return next(m.since_sort for m in self.modules() if isinstance(m, ElasticBatchNormAct2d))
+        norms = [m for m in self.modules() if isinstance(m, ElasticBatchNorm)]
+        norms = [m for m in norms if m.training] or norms  # frozen norms count no batches
+        return max((-(-m.since_sort // m.calls) for m in norms if m.since_sort is not None), default=None)
 
     @batches_since_sort.setter
     def batches_since_sort(self, count: Optional[int]) -> None:
         for module in self.modules():
-            if isinstance(module, ElasticBatchNormAct2d):
-                module.since_sort = count
+            if isinstance(module, ElasticBatchNorm):
+                module.since_sort = None if count is None else count * module.calls
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        """A copy is the tiny network, also one that is made inside `sampled`."""
+        super().__setstate__(state)
+        for c in self.layout.channels.values():
+            for name in c.writers:
+                self.get_submodule(name).active_out = c.base
+        for module in self.modules():
+            if isinstance(module, ElasticBatchNorm):
+                module.augmented = False
 
     def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("A super-network's classifier can not be replaced: reset the stock model's, then augment it.")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the activations of the blocks again in the backward pass, at the widths of the forward pass."""
-        self.blocks.__class__ = CheckpointedBlocks if enable else nn.Sequential
+        set_recomputed([self.get_submodule(name) for name in self.layout.blocks], enable)
 
     def synchronise_batchnorm(self) -> None:
         """Let BatchNorm normalise by the batches of all processes together. Needs CUDA, as PyTorch's own does.
@@ -231,150 +196,238 @@ class SuperNet:
         The layers stay what they are, so `convert_sync_batchnorm` has nothing to undo in the exported model.
         """
         for module in self.modules():
-            if isinstance(module, ElasticBatchNormAct2d):
+            if isinstance(module, ElasticBatchNorm):
                 module.synchronised = True
 
 
-class EfficientNetSuperNet(SuperNet, EfficientNet):
-    """Super-network of a timm `EfficientNet`."""
+_NAMES = ('mixin', 'stock', *SuperNet.__annotations__, *(
+    name for name in vars(SuperNet) if not name.startswith('_')
+    and name not in ('init_weights', 'reset_classifier', 'set_grad_checkpointing')))  # which replace those of timm
 
 
-class MobileNetV3SuperNet(SuperNet, MobileNetV3):
-    """Super-network of a timm `MobileNetV3`."""
-
-
-_SUPERNETS = {EfficientNet: EfficientNetSuperNet, MobileNetV3: MobileNetV3SuperNet}
-_STOCK = {supernet: stock for stock, supernet in _SUPERNETS.items()}
-
-
-def _initial(model: nn.Module, name: str, tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Fresh values for a tensor of a super-network."""
-    layer, _, kind = name.rpartition('.')
-    role = layout.layers[layer]
+def _fill(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Fill a tensor of a model's super-network with fresh values."""
+    layer = model.get_submodule(name.rpartition('.')[0])
+    elastic = type(layer) if isinstance(layer, Elastic) else ELASTIC[type(layer)]
     new = torch.empty_like(tensor)
-    if role == 'scale':
-        return new.fill_(model.get_submodule(layer).init_values)
-    if kind == 'weight' and role == 'linear':
-        return nn.init.trunc_normal_(new, std=0.02)
-    if kind == 'weight' and role in ('conv', 'depthwise'):
-        return nn.init.kaiming_uniform_(new, a=math.sqrt(5))
-    return new.fill_(1 if kind in ('weight', 'running_var') else 0)
+    tensor.copy_(elastic.fill(layer, name.rpartition('.')[2], new))
 
 
-def leading_slices(axis: Mapping[int, Channels], widths: Mapping[str, int], ndim: int) -> tuple:
+def leading_slices(axes: Mapping[int, Channels], widths: Mapping[str, int], ndim: int) -> tuple:
     """Index the part of a tensor that a sub-network uses."""
-    return tuple(slice(widths[axis[dim].name]) if dim in axis else slice(None) for dim in range(ndim))
+    return tuple(slice(widths[axes[dim].name]) if dim in axes else slice(None) for dim in range(ndim))
 
 
-def _rebuild(model: nn.Module, tensors: Mapping[str, torch.Tensor], types: Mapping[str, type]) -> nn.Module:
-    """Copy a model with other tensors and other types in places; tensors that are not given are copied."""
-    memo = {}
+def _rebuild(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Copy a model with other tensors in places; tensors that are not given are copied."""
+    memo: Dict[int, Any] = {}
     for name, old in [*model.named_parameters(), *model.named_buffers()]:
         if name in tensors:
             new = tensors[name]
             memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    clone = copy.deepcopy(model, memo)
-    for name, kind in types.items():
-        clone.get_submodule(name).__class__ = kind
-    return clone
+    return copy.deepcopy(model, memo)
+
+
+def _example(model: nn.Module) -> Tuple[torch.Tensor]:
+    """Return an input of the size that a timm model is configured for."""
+    if not getattr(model, 'pretrained_cfg', None):
+        raise ValueError('augment() needs to know the size of the input: give it example_input=torch.zeros(2, C, H, W),'
+                         ' as the model has no pretrained_cfg of timm.')
+    channels, height, width = resolve_data_config(model=model)['input_size']
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    parameter = next(model.parameters(), torch.empty(0))
+    channels = channels if first is None else first.in_channels
+    return (torch.empty(2, channels, height, width, device='meta', dtype=parameter.dtype),)
 
 
 @torch.no_grad()
-def augment(model: nn.Module, config: Optional[NetAugConfig] = None) -> SuperNet:
-    """Make the super-network of a stock timm model (section 3.2 of the paper). The model itself is left as it is.
+def augment(model: nn.Module, config: Optional[NetAugConfig] = None, *, example_input: Any = None) -> SuperNet:
+    """Make the super-network of a stock module (section 3.2 of the paper). The module itself is left as it is.
 
-    The tiny model's weights are the leading slice of the super-network's; the weights behind it are initialised with
-    torch's global generator. Memory format, dtype, device and training mode are the model's.
+    The tiny network's weights are the leading slice of the super-network's; the weights behind it are initialised with
+    torch's global generator. Memory format, dtype, device and training mode are the module's, and so are the names in
+    the state dict. Channels that reach the module's output keep their number, so whatever reads the output need not
+    know of the super-network.
 
     Args:
-        model: A timm `EfficientNet` or `MobileNetV3` made of supported blocks.
+        model: Any network of layers that are followed: a timm model, a `features_only` backbone, or a network of your
+            own, also as a part of a larger one.
         config: What to augment, None for the defaults.
+        example_input: Argument of the forward pass, or a tuple of arguments; only shapes and dtypes count. None for
+            the input size that a timm model is configured for.
 
     Raises:
-        ValueError: A module is not supported; the message names it, its type, and the supported types. Or the config
-            is not a `NetAugConfig`.
+        ValueError: The channels of a module cannot be followed; the message names it, its type, why, and the layers
+            that are supported. Or the config is not a `NetAugConfig`, or the input size is not known.
     """
     if config is not None and not isinstance(config, NetAugConfig):
         raise ValueError(f'augment() takes a NetAugConfig, got {config!r}: build one with NetAugConfig.from_dict().')
-    layout = trace(model)
-    config = (config or NetAugConfig()).resolve(getattr(model, 'pretrained_cfg', {}).get('architecture', ''))
+    _check_model(model)
+    inputs = _example(model) if example_input is None else (
+        example_input if isinstance(example_input, tuple) else (example_input,))
+    if not any(isinstance(t, torch.Tensor) for t in tree_leaves(inputs)):
+        raise ValueError(f'example_input must be a tensor, or a tuple of the arguments of the forward pass, got'
+                         f' {example_input!r}.')
+    layout = trace(model, inputs)
+    if not layout.checked:
+        _check_exact(_build(to_meta(model), layout, _CHECKED_WITH))
+        layout.checked = True
+    architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', '')
+    return _build(model, layout, (config or NetAugConfig()).resolve(architecture))
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse modules that a super-network cannot be made of, whatever their channels."""
+    supernets = [(name, m) for name, m in model.named_modules() if isinstance(m, SuperNet)]
+    if supernets:
+        name, supernet = supernets[0]
+        raise ValueError(f'{f"Module {name!r}" if name else "The model"} is a super-network already, of type'
+                         f' {type(supernet).__name__}: augment the stock model.')
+    if isinstance(model, _WRAPPERS):
+        raise ValueError(f'augment() takes the module inside a {type(model).__name__}: wrap the super-network instead.')
+    taken = [name for name in _NAMES if hasattr(model, name)]
+    if taken:
+        raise ValueError(f'NetAug can not augment this model: {type(model).__name__} has attributes with names that a'
+                         f' super-network needs ({", ".join(taken)}): rename them.')
+
+
+def _build(model: nn.Module, layout: Layout, config: NetAugConfig) -> SuperNet:
+    """Copy a model into a super-network."""
     max_widths = layout.widths(
         lambda c: max(config.width_mults), lambda c: max(config.expand_mults), config.divisor)
-
     old = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     # 1x1 convolutions look channels-last in either format: what the others are counts.
     channels_last = any(
         t.ndim == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
         for t in old.values())
     tensors = {}
-    for name, axis in layout.axes.items():
-        shape = [max_widths[axis[dim].name] if dim in axis else size for dim, size in enumerate(old[name].shape)]
+    for name, axes in layout.axes.items():
+        shape = [max_widths[axes[dim].name] if dim in axes else size for dim, size in enumerate(old[name].shape)]
         new = torch.empty(
             shape,
             dtype=old[name].dtype,
             device=old[name].device,
             memory_format=torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format,
         )
-        new.copy_(_initial(model, name, new, layout))
-        new[leading_slices(axis, layout.tiny, new.ndim)] = old[name]
+        _fill(model, name, new)
+        new[leading_slices(axes, layout.tiny, new.ndim)] = old[name]
         tensors[name] = new
 
-    types = {name: ELASTIC[role, type(model.get_submodule(name))] for name, role in layout.layers.items()}
-    supernet = _rebuild(model, tensors, {**types, '': _SUPERNETS[type(model)]})
-    for name in layout.layers:
-        supernet.get_submodule(name).fit()
-    for c in layout.channels.values():
-        for name in c.writers:
-            supernet.get_submodule(name).active_out = c.base
-    for name, role in layout.layers.items():
-        if role == 'norm':
-            norm = supernet.get_submodule(name)
-            norm.tiny_width = layout.axes[f'{name}.running_mean'][0].base
-            # Of the instance from now on: what is compiled looks at where an attribute is, too.
-            norm.augmented, norm.frozen, norm.since_sort = norm.augmented, norm.frozen, norm.since_sort
+    supernet = _rebuild(model, tensors)
+    supernet.__class__ = mixed_with(SuperNet, type(model))
+    for name, calls in layout.layers.items():
+        _make_elastic(supernet.get_submodule(name), layout, name, calls)
     supernet.netaug_config, supernet.layout, supernet.max_widths = config, layout, max_widths
-    supernet.set_grad_checkpointing(model.grad_checkpointing)
-    supernet.grad_checkpointing = False  # timm's own knows nothing of widths
+    supernet.set_grad_checkpointing(_take_over_checkpointing(supernet))
     return supernet
 
 
+def _check_exact(supernet: SuperNet) -> None:
+    """Refuse a network that does not follow its widths, because its code reads or contains numbers of channels.
+
+    The tiny network and a wider sub-network must have the shapes, call by call, of the stock networks of these widths,
+    and the channels of the wider stock network must be those of the layout.
+    """
+    inputs = supernet.layout.inputs
+    widths = supernet.sample_widths(torch.Generator().manual_seed(0))
+    wider = export(supernet, widths)
+    follows = trace(wider, inputs).tiny == widths and shapes(supernet, inputs) == shapes(export(supernet), inputs)
+    with supernet.active(widths):
+        follows = follows and shapes(supernet, inputs) == shapes(wider, inputs)
+    if not follows:
+        raise ValueError(f'NetAug can not augment this model: a wider {supernet.stock.__name__} does not have the'
+                         f' channels that it should have, because its code contains or reads numbers of channels. Take'
+                         f' the numbers from the shapes of its activations.')
+
+
+def _make_elastic(layer: nn.Module, layout: Layout, name: str, calls: int) -> None:
+    """Turn a stock layer, whose tensors have been enlarged, into an elastic one that computes its leading slice."""
+    axes = {key: layout.axes.get(f'{name}.{key}', {}) for key in ('weight', 'running_mean')}
+    layer.__class__ = ELASTIC[type(layer)]
+    if isinstance(layer, ElasticBatchNorm):
+        layer.tiny_width = axes['running_mean'][0].base if axes['running_mean'] else layer.num_features
+        # Attributes of the instance from now on: what is compiled looks at where an attribute is, too.
+        layer.augmented, layer.frozen, layer.since_sort, layer.calls = False, False, None, calls
+    if getattr(layer, 'groups', 0) == 1:
+        layer.active_out = axes['weight'][0].base if 0 in axes['weight'] else layer.weight.shape[0]
+    if 'weight' in layer._parameters and layer.weight is not None and layer.weight.ndim > 1:
+        layer.tiny_in = axes['weight'][1].base if 1 in axes['weight'] else layer.weight.shape[1]
+    layer.fit()
+
+
+def _take_over_checkpointing(supernet: nn.Module) -> bool:
+    """Switch timm's own gradient checkpointing off, which knows nothing of widths; tell whether it was on."""
+    modules = [m for m in supernet.modules() if getattr(m, 'grad_checkpointing', False) is True]
+    for module in modules:
+        module.grad_checkpointing = False
+    return bool(modules)
+
+
+def find_supernet(module: nn.Module) -> Tuple[str, SuperNet]:
+    """Return the one super-network that a module is or contains, with its name in the module.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    found = [(name, m) for name, m in module.named_modules() if isinstance(m, SuperNet)]
+    if len(found) != 1:
+        what = 'none' if not found else ', '.join(repr(name) for name, _ in found)
+        raise ValueError(f'A {type(module).__name__} with one super-network is wanted, found {what}:'
+                         f' make one with augment(), of the whole module or of one part.')
+    return found[0]
+
+
 @torch.no_grad()
-def slice_stock(supernet: SuperNet, widths: Optional[Mapping[str, int]] = None) -> nn.Module:
-    """Copy a sub-network out of a super-network, as a stock timm model. See `timm_netaug.export.export`."""
-    if not isinstance(supernet, SuperNet):
-        raise ValueError(f'Only a super-network can be exported, got {type(supernet).__name__}.')
+def export(module: nn.Module, widths: Optional[Mapping[str, int]] = None) -> nn.Module:
+    """Copy the tiny network, or any sub-network, out of a super-network.
+
+    Args:
+        module: A super-network made by `augment`, or a larger module that has one in it. It is left as it is.
+        widths: Widths of the sub-network, as `sampled` yields them; None for the tiny network.
+
+    Returns:
+        A stock module with the super-network's memory format, dtype, device and training mode.
+
+    Raises:
+        ValueError: There is no super-network, or the widths are not of it.
+    """
+    try:
+        name, supernet = find_supernet(module)
+    except ValueError as e:
+        raise ValueError(f'Only a super-network can be exported. {e}') from None
+    if name:
+        return copy.deepcopy(module, {id(supernet): export(supernet, widths)})
     layout = supernet.layout
     widths = layout.tiny if widths is None else supernet.check_widths(widths)
     tensors = {
-        name: tensor[leading_slices(layout.axes[name], widths, tensor.ndim)].clone()
-        for name, tensor in [*supernet.named_parameters(), *supernet.named_buffers()] if name in layout.axes
+        key: tensor[leading_slices(layout.axes[key], widths, tensor.ndim)].clone()
+        for key, tensor in [*supernet.named_parameters(), *supernet.named_buffers()] if key in layout.axes
     }
-    types = {name: type(supernet.get_submodule(name)) for name in layout.layers}
-    model = _rebuild(supernet, tensors, {})
+    model = _rebuild(supernet, tensors)
+    model.set_grad_checkpointing(False)
     for attribute in ('netaug_config', 'layout', 'max_widths'):
         del model.__dict__[attribute]
-    for name, elastic in types.items():
-        layer = model.get_submodule(name)
+    for key in layout.layers:
+        layer = model.get_submodule(key)
         layer.fit()
-        layer.__class__ = STOCK[elastic]
+        layer.__class__ = type(layer).stock
         for attribute in STATE:
             layer.__dict__.pop(attribute, None)
-    model.__class__ = _STOCK[type(supernet)]
-    model.blocks.__class__ = nn.Sequential
+    model.__class__ = supernet.stock
     if hasattr(model, '_model_args'):
         model._model_args = {k: v for k, v in model._model_args.items() if k != 'netaug'}
-    _fit_features(model)
+    if widths != layout.tiny and hasattr(model, 'forward_intermediates') and hasattr(model, 'feature_info'):
+        _fit_reported_widths(model, layout.inputs[0])
     return model
 
 
-def _fit_features(model: nn.Module) -> None:
-    """Let the widths that a timm model tells of itself follow its layers."""
-    def out_channels(module):
-        return [m for m in module.modules() if isinstance(m, nn.Conv2d)][-1].out_channels
-
-    last = out_channels(model.blocks)
-    has_head = isinstance(model.conv_head, nn.Conv2d)
-    model.head_hidden_size = model.conv_head.out_channels if has_head else last
-    model.num_features = last if isinstance(model, MobileNetV3) else model.head_hidden_size
-    for info in model.feature_info:
-        info['num_chs'] = out_channels(model.blocks[info['stage'] - 1] if info['stage'] else model.conv_stem)
+def _fit_reported_widths(model: nn.Module, example: torch.Tensor) -> None:
+    """Let the widths that a timm model reports of itself be those that it has."""
+    copied, example = to_meta(model), example.to(next(model.parameters()).dtype)
+    final, features = copied.forward_intermediates(example)
+    for info, feature in zip(model.feature_info, features):
+        info['num_chs'] = feature.shape[1]
+    if hasattr(model, 'num_features'):
+        model.num_features = final.shape[1]
+    if hasattr(model, 'head_hidden_size'):
+        model.head_hidden_size = copied.forward_head(final, pre_logits=True).shape[1]

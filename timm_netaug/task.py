@@ -1,6 +1,7 @@
-"""The training task: the loss of the tiny model plus that of one augmented sub-network (equation 3 of the paper)."""
+"""The training task: the loss of the tiny network plus that of one augmented sub-network (equation 3 of the paper)."""
 from contextlib import nullcontext
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from functools import partial
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -8,9 +9,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.task import ClassificationTask, DistillationTeacher
 from timm.utils import unwrap_model
+from torch.utils._pytree import tree_map
 
-from .config import NetAugConfig
-from .supernet import SuperNet, leading_slices, slice_stock
+from .config import NetAugTraining, split_fields
+from .early_backward import can_take_gradient, take_gradient
+from .layers import statistics_kept
+from .supernet import SuperNet, export, find_supernet, leading_slices
 
 __all__ = ['NetAugTask', 'distillation_loss', 'step_generator']
 
@@ -35,98 +39,105 @@ def distillation_loss(output: torch.Tensor, teacher_output: torch.Tensor, temper
     return F.kl_div(log_p, log_q, reduction='batchmean', log_target=True) * temperature ** 2
 
 
-class _KnownGradient(torch.autograd.Function):
-    """A loss whose gradient has been computed already: what led to it is out of memory, and its backward pass hands
-    the parameters their gradients, times that of the loss. So whoever watches them (DistributedDataParallel, say) sees
-    them arrive as ever. Of the gradients, which are zero elsewhere, the tiny network's slices are kept."""
+def _batch_size(batch: Any) -> int:
+    """Return the number of images of a tensor, of a list with an item for each image, or of a dict of these."""
+    return _batch_size(next(iter(batch.values()))) if isinstance(batch, dict) else len(batch)
 
-    @staticmethod
-    def forward(
-            ctx: Any,
-            loss: torch.Tensor,
-            grads: List[Optional[torch.Tensor]],
-            slices: List[tuple],
-            *parameters: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.grads, ctx.slices = grads, slices
-        ctx.layouts = [(p.shape, p.stride()) for p in parameters]
-        return loss.clone()
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError('A gradient of second order needs a NetAugTask without early_backward.')
-        full: List[Optional[torch.Tensor]] = []
-        for known, slices, (shape, stride) in zip(ctx.grads, ctx.slices, ctx.layouts):
-            full.append(None if known is None else known.new_empty_strided(shape, stride).zero_())
-            if known is not None:
-                full[-1][slices] = known * grad
-        return (None, None, None, *full)
+def _leading(batch: Any, size: int, images: int) -> Any:
+    """Return the part of a batch that belongs to its first images.
+
+    Args:
+        batch: A tensor of all images; a list with one item for each image; or a list or dict of such batches.
+        size: Images of the whole batch.
+        images: Number of images to keep.
+
+    Raises:
+        ValueError: It cannot be told whether the items of a list are images or batches.
+    """
+    if isinstance(batch, torch.Tensor):
+        return batch[:images]
+    if isinstance(batch, dict):
+        return {k: _leading(v, size, images) for k, v in batch.items()}
+    if not isinstance(batch, (list, tuple)):
+        return batch
+    if len(batch) != size:
+        return type(batch)(_leading(v, size, images) for v in batch)
+    if all(isinstance(t, torch.Tensor) and t.ndim and len(t) == size for t in batch):
+        raise ValueError(f'batch_fraction: a list of {size} tensors of length {size} may be a list of images or of'
+                         f' batches; use another batch size.')
+    return batch[:images]
 
 
 class NetAugTask(ClassificationTask):
-    """Classification with NetAug, as a `timm.task.TrainingTask`.
+    """Training with NetAug, as a `timm.task.TrainingTask`, for any loss.
 
-    The evaluation model is the tiny model, so a checkpoint's `state_dict` is that of the stock timm model; the
+    The evaluation model is the tiny network, so a checkpoint's `state_dict` is that of the stock module; the
     super-network is in its `task_state`. The training loop tells the task where it is: `start_epoch` at the start of
-    every epoch and `start_update` before every optimizer step. Without them, every forward pass counts as a step of
-    an endless first epoch.
+    every epoch and `start_update` before every optimizer step. Without these calls, every forward pass counts as a step
+    of an endless first epoch.
 
     Args:
-        model: A super-network, made by `augment`.
-        criterion: Loss function. Created from criterion_kwargs when None.
+        model: A super-network, made by `augment`, or a module with one in it (a detector with an augmented backbone).
+        criterion: Loss function, called with a network's output and the target; both may be lists or dicts. Created
+            from criterion_kwargs when None.
         criterion_kwargs: Arguments for timm's create_classification_loss() when criterion is None.
         teacher: A model, or timm's wrapper of one. Runs once a step, and both sub-networks learn from its logits, as in
             timm's LogitDistillationTask.
         task_loss_weight: Weight of the criterion, where there is a teacher.
         distill_loss_weight: Weight of the distillation loss. None for both: 1 and 1; for this one: 1 - the other.
-        temperature: Of both kinds of distillation, the teacher's and `NetAugConfig.distill`.
+        temperature: Of both kinds of distillation, the teacher's and in-situ distillation.
+        distill_criterion: Loss of in-situ distillation, called with the tiny and the augmented network's output. None
+            for the divergence of their softened classes, which takes logits.
         seed: The sub-network of a step is a function of it and of the step's number, the same on all ranks.
         early_backward: Take the gradient of the tiny network's loss before the augmented pass, so that the activations
-            of one pass at a time are in memory. It reaches the parameters in `backward` all the same, but 'output'
-            leads nowhere then. Not done with `NetAugConfig.distill`; under float16 autocast, where the loss has to be
-            scaled first; where hooks watch parameters, which would see two gradients; nor with the static_graph of
-            DistributedDataParallel. Optimizers of second order need False. The sums are the same to the last bit unless
-            `loss` is scaled by something else than a power of two before `backward`, which rounds once more.
+            of one pass at a time are in memory. The gradient reaches the parameters in `backward` as always, but
+            'output' has no graph then. It is not done with in-situ distillation, nor in the cases that
+            `early_backward.can_take_gradient` lists. Optimizers of second order need False. The sums are the same to
+            the last bit unless `loss` is scaled before `backward` by something else than a power of two, which rounds
+            once more.
         device: Device for task tensors/buffers
         dtype: Dtype for task tensors/buffers
         verbose: Enable info logging
+        training: The fields of `NetAugTraining`: alpha, stop_width_at, sort, distill, batch_fraction, every.
 
     Raises:
-        ValueError: The model is not a super-network.
+        ValueError: The model has no super-network, or a field of `NetAugTraining` is out of its range.
     """
 
     def __init__(
             self,
-            model: SuperNet,
+            model: nn.Module,
             criterion: Optional[Union[nn.Module, Callable]] = None,
             criterion_kwargs: Optional[Dict[str, Any]] = None,
             teacher: Optional[nn.Module] = None,
             task_loss_weight: Optional[float] = None,
             distill_loss_weight: Optional[float] = None,
             temperature: float = 4.0,
+            distill_criterion: Optional[Callable] = None,
             seed: int = 42,
             early_backward: bool = False,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
+            **training: Any,
     ):
-        supernet = unwrap_model(model)
-        if not isinstance(supernet, SuperNet):
-            raise ValueError(f'NetAugTask trains a super-network, got {type(model).__name__}: augment() it first.')
+        find_supernet(unwrap_model(model))
+        self.training_config = NetAugTraining.from_dict(training)
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         if distill_loss_weight is None:
             distill_loss_weight = 1.0 if task_loss_weight is None else 1.0 - task_loss_weight
         self.task_loss_weight = 1.0 if task_loss_weight is None else task_loss_weight
         self.distill_loss_weight = distill_loss_weight
         self.temperature = temperature
+        self.distill_criterion = distill_criterion or partial(distillation_loss, temperature=temperature)
         if teacher is not None and not isinstance(teacher, DistillationTeacher):
             teacher = DistillationTeacher(teacher, device=self.device, dtype=self.dtype)
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False)
             for name in ('mean', 'std'):  # of the input, as timm's tasks with a teacher have them
-                value = torch.tensor(supernet.pretrained_cfg[name], device=self.device, dtype=self.dtype)
+                value = torch.tensor(self.network.pretrained_cfg[name], device=self.device, dtype=self.dtype)
                 self.register_buffer(f'student_{name}', value.view(1, -1, 1, 1), persistent=False)
         self.seed = seed
         self.early_backward = early_backward
@@ -136,9 +147,18 @@ class NetAugTask(ClassificationTask):
         self._compiled = False
 
     @property
-    def supernet(self) -> SuperNet:
-        """The super-network without the wrappers around it."""
+    def network(self) -> nn.Module:
+        """The trained module without the wrappers around it."""
         return unwrap_model(self.trainable_module)
+
+    @property
+    def supernet(self) -> SuperNet:
+        """The super-network, which is the trained module or a part of it."""
+        return find_supernet(self.network)[1]
+
+    def netaug_fields(self) -> Dict[str, Any]:
+        """Return the fields of both configurations as plain data, as checkpoints hold them."""
+        return {**self.supernet.netaug_config.to_dict(), **self.training_config.to_dict()}
 
     def train(self, mode: bool = True) -> 'NetAugTask':
         """Set the training mode, without the teacher."""
@@ -157,12 +177,12 @@ class NetAugTask(ClassificationTask):
             num_epochs: Of the whole training.
             optimizer: Its state is sorted with the weights.
         """
-        config = self.supernet.netaug_config
+        config = self.training_config
         self.expand_only = epoch >= config.stop_width_at * num_epochs
         if config.sort and not self.expand_only and epoch > 0:
             orders = self.supernet.sort_channels(optimizer)
             if self.has_ema():
-                unwrap_model(self.get_trainable_module(ema=True)).permute_channels(orders)
+                find_supernet(unwrap_model(self.get_trainable_module(ema=True)))[1].permute_channels(orders)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Check, once the optimizer has made a step, that the schedule will be able to sort its state.
@@ -170,7 +190,7 @@ class NetAugTask(ClassificationTask):
         Raises:
             ValueError: It keeps a state that can not be sorted.
         """
-        if self.supernet.netaug_config.sort and self.supernet.netaug_config.stop_width_at > 0:
+        if self.training_config.sort and self.training_config.stop_width_at > 0:
             self.supernet.check_optimizer(optimizer)
 
     def setup_ema(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -194,19 +214,19 @@ class NetAugTask(ClassificationTask):
         """Choose the sub-network that every forward pass trains up to the next call."""
         self._step, self._counting = step, False
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """Compute the loss of the tiny model and of one augmented sub-network.
+    def forward(self, input: torch.Tensor, target: Any) -> Dict[str, Any]:
+        """Compute the loss of the tiny network and of one augmented sub-network.
 
         Args:
-            input: Images (B, C, H, W).
+            input: Images (B, C, H, W), or whatever the network takes.
             target: Labels (B,), or whatever the criterion takes.
 
         Returns:
-            'loss' (the sum, to call `backward` on), 'tiny_loss', and 'output', the tiny model's logits; in a step with
-            an augmented sub-network 'aug_loss', and 'distill_loss' where the tiny model learns from it; with a teacher
+            'loss' (the sum, to call `backward` on), 'tiny_loss', and 'output', the tiny network's; in a step with an
+            augmented sub-network 'aug_loss', and 'distill_loss' where the tiny network learns from it; with a teacher
             'kd_loss', its part in 'tiny_loss' before it is weighted.
         """
-        supernet, config = self.supernet, self.supernet.netaug_config
+        config, supernet = self.training_config, self.supernet
         step, self._step = self._step, self._step + self._counting
         teacher_output = None
         if self.teacher is not None:
@@ -220,42 +240,36 @@ class NetAugTask(ClassificationTask):
         loss, parts = self._loss(output, target, teacher_output)
         result = dict(output=output, tiny_loss=loss.detach(), **parts)
         if step % config.every == 0:
-            loss = self._early(loss, input)
-            images = min(len(input), max(2, round(config.batch_fraction * len(input))))  # BatchNorm may need two
-            with supernet.sampled(step_generator(self.seed, step), self.expand_only):
+            if self.early_backward and not config.distill and can_take_gradient(
+                    self.trainable_module, loss, (input, target, list(getattr(self.criterion, 'parameters', list)()))):
+                loss = self._take_gradient(loss)
+            size = _batch_size(input) if config.batch_fraction < 1 else 0
+            images = min(size, max(2, round(config.batch_fraction * size)))  # BatchNorm may need two
+            share = partial(_leading, size=size, images=images) if size else lambda batch: batch
+            network = self.network
+            with supernet.sampled(step_generator(self.seed, step), self.expand_only), statistics_kept(network):
                 # Past DistributedDataParallel: its hooks stand at the parameters, where the gradients of both passes
                 # arrive as one sum, and a second forward pass through it could broadcast buffers that the first one
                 # still needs.
-                aug_output = supernet(input[:images])
-            aug_loss, _ = self._loss(
-                aug_output, target[:images], None if teacher_output is None else teacher_output[:images])
+                aug_output = network(share(input))
+            aug_loss, _ = self._loss(aug_output, share(target), share(teacher_output))
             result['aug_loss'] = aug_loss.detach()
             loss = loss + config.every * config.alpha * aug_loss
             if config.distill:
-                distill_loss = distillation_loss(output[:images], aug_output.detach(), self.temperature)
+                known = tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, aug_output)
+                distill_loss = self.distill_criterion(share(output), known)
                 result['distill_loss'] = distill_loss.detach()
                 loss = loss + config.every * config.distill * distill_loss
         return dict(loss=loss, **result)
 
-    def _early(self, loss: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-        """Return the tiny network's loss with its gradient computed, where that may be done ahead of `backward`."""
-        half = torch.is_autocast_enabled(input.device.type) and (
-            torch.get_autocast_dtype(input.device.type) is torch.float16)
-        parameters = {k: p for k, p in self.supernet.named_parameters() if p.requires_grad}
-        possible = (
-            self.early_backward and loss.requires_grad and not self.supernet.netaug_config.distill and not half
-            and not input.requires_grad and not getattr(self.trainable_module, 'static_graph', False)
-            and not any(p._backward_hooks for p in parameters.values()))
-        if not possible:
-            return loss
-        layout = self.supernet.layout
-        slices = [leading_slices(layout.axes.get(k, {}), layout.tiny, p.ndim) for k, p in parameters.items()]
-        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        known = [None if g is None else g[s].clone() for g, s in zip(grads, slices)]
-        return _KnownGradient.apply(loss.detach(), known, slices, *parameters.values())
+    def _take_gradient(self, loss: torch.Tensor) -> torch.Tensor:
+        layout, slices = self.supernet.layout, {}
+        for name, p in self.supernet.named_parameters():
+            slices[p] = leading_slices(layout.axes.get(name, {}), layout.tiny, p.ndim)
+        return take_gradient(loss, [p for p in self.network.parameters() if p.requires_grad], slices)
 
-    def _loss(self, output, target, teacher_output) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
-        """Return the loss of one network's logits, and the teacher's part in it to be logged."""
+    def _loss(self, output: Any, target: Any, teacher_output: Any) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+        """Return the loss of one network's output, and the teacher's part in it to be logged."""
         loss = self.criterion(output, target)
         if teacher_output is None:
             return loss, {}
@@ -281,17 +295,17 @@ class NetAugTask(ClassificationTask):
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
         """Return the tiny model as it is now: a copy, which further training does not change."""
         module = self.get_trainable_module(ema=ema) if module is None else module
-        return None if module is None else slice_stock(unwrap_model(module))
+        return None if module is None else export(unwrap_model(module))
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
         module = self.get_trainable_module(ema=ema) if module is None else module
         if module is None:
             return {}
-        supernet = unwrap_model(module)
+        network = unwrap_model(module)
         return dict(
-            netaug=supernet.netaug_config.to_dict(),
-            supernet=supernet.state_dict(),
-            batches_since_sort=supernet.batches_since_sort,
+            netaug=self.netaug_fields(),
+            supernet=network.state_dict(),
+            batches_since_sort=find_supernet(network)[1].batches_since_sort,
         )
 
     def load_checkpoint_state(
@@ -301,7 +315,7 @@ class NetAugTask(ClassificationTask):
             ema: bool = False,
             strict: bool = True,
     ) -> None:
-        """Load the super-network; the tiny model's `state_dict` is a slice of it.
+        """Load the super-network; the tiny network's `state_dict` is a slice of it.
 
         Raises:
             ValueError: The checkpoint is not of a NetAug training, or of one with another config.
@@ -310,15 +324,15 @@ class NetAugTask(ClassificationTask):
         module = self.get_trainable_module(ema=ema)
         if module is None:
             raise RuntimeError('Cannot load EMA checkpoint state before setup_ema().')
-        supernet = unwrap_model(module)
         if not task_state:
             raise ValueError('The checkpoint holds no super-network, as it is not of a training with NetAug.'
                              ' Start from its weights with --initial-checkpoint instead of resuming it.')
-        config = supernet.netaug_config.to_dict()
-        there = NetAugConfig.from_dict(task_state['netaug']).to_dict()  # an earlier version had fewer fields
-        changed = [k for k in config if there[k] != config[k]]
+        here = self.netaug_fields()
+        there = {k: v for c in split_fields(task_state['netaug']) for k, v in c.to_dict().items()}
+        changed = [k for k in here if there[k] != here[k]]
         if changed:
             raise ValueError('The checkpoint is of a NetAug training with another config: ' + ', '.join(
-                f'{k} is {there[k]} there and {config[k]} here' for k in changed) + '.')
-        supernet.load_state_dict(task_state['supernet'], strict=strict)
-        supernet.batches_since_sort = task_state['batches_since_sort']
+                f'{k} is {there[k]} there and {here[k]} here' for k in changed) + '.')
+        network = unwrap_model(module)
+        network.load_state_dict(task_state['supernet'], strict=strict)
+        find_supernet(network)[1].batches_since_sort = task_state['batches_since_sort']

@@ -18,7 +18,7 @@ from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer
 from timm.models.efficientnet import EfficientNet, _create_effnet
 from timm.models.mobilenetv3 import MobileNetV3, _create_mnv3
 
-from .config import NetAugConfig
+from .config import NetAugConfig, register_defaults
 from .reference import checkpoint_filter_fn
 from .shipped import shipped_cfgs
 from .supernet import SuperNet, augment
@@ -67,6 +67,11 @@ _MOBILENETV3_035 = [
     ['ir_r1_k5_s2_e5.8_c160_se0.25_noskip', 'ir_r2_k5_s1_e6_c160_se0.25'],  # 672 960 960
     ['cn_r1_k1_s1_c960'],
 ]
+
+
+# The paper's multipliers (section 4.1 and the reference's experiment configs) where they are not the usual ones.
+register_defaults('netaug_mbv3_035', width_mults=(1.0, 2.0, 3.0))
+register_defaults('netaug_mcunet', width_mults=(1.0, 1.6, 2.2))
 
 
 def _squeezed_channels(channels: float) -> int:

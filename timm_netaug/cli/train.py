@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Dict, Iterator, List, NoReturn, Optional, Tuple
 
@@ -37,13 +38,13 @@ from timm.utils import (
     update_summary,
 )
 
-from ..checkpoint import describe_run
 from ..errors import UserError, first_line, told_plainly
+from ..evaluate import evaluate, progress_bar
+from ..io.run import RunDescription
 from .args import check_train_args, netaug_config, parse_args, train_parser
 from .build import set_up_model, set_up_task, set_up_teacher, to_train
 from .curves import write_curves
 from .device import choose_device, join_processes, keep_memory, mixed_precision, uses_channels_last
-from .evaluate import evaluate, progress_bar
 from .loaders import set_up_loaders
 from .run_folder import OF_FLAGS, check_resume, find_restart, set_up_saver, versions
 from .signals import Stopped, StopSignals
@@ -314,17 +315,17 @@ def check_task(args, task: TrainingTask, start_epoch: int, num_epochs: int, upda
     if start_epoch >= num_epochs:
         raise UserError(f'There is nothing to train: the run would start at epoch {start_epoch} of {num_epochs}.'
                         f' Raise --epochs.')
-    if args.netaug and task.supernet.netaug_config.every > updates_per_epoch:
+    if args.netaug and task.training_config.every > updates_per_epoch:
         raise UserError(f'--netaug-every must be at most the {updates_per_epoch} updates of an epoch here.')
     if args.warmup_epochs >= num_epochs and is_primary(args):
         _logger.warning(f'All {num_epochs} epochs are warm-up (--warmup-epochs {args.warmup_epochs}).')
 
 
-def primary_saver(args, run: Dict[str, Any], *to_set_up: Any):
+def primary_saver(args, run: RunDescription, *to_set_up: Any):
     """Set up, in the first process, what writes the results; what it alone finds wrong ends them all."""
     saver, refusal = None, ''
     if is_primary(args):
-        args.run = run  # travels in every checkpoint
+        args.run = run.to_dict()  # travels in every checkpoint
         try:
             saver = set_up_saver(args, *to_set_up)
         except (UserError, OSError) as e:
@@ -370,18 +371,21 @@ def train() -> None:
     except (ValueError, AssertionError) as e:
         raise UserError(f'The input can not be set up: {e}') from e
     loader_train, loader_eval, mixup_fn, names = set_up_loaders(args, data_config, device, dtype)
-    run = describe_run(model, data_config, names)
-    run['ema'] = args.model_ema and not args.model_ema_force_cpu  # then the metric is that of the moving average
-    run['versions'] = versions()
+    run = RunDescription.from_model(
+        model,
+        data_config,
+        names,
+        ema=args.model_ema and not args.model_ema_force_cpu,  # then the metric is that of the moving average
+        versions=versions(),
+    )
     model = to_train(args, model, config, device, dtype)
-    if config is not None:
-        run['netaug'] = model.netaug_config.to_dict()
-    _logger.info(f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters in training'
-                 + (f', NetAug {run["netaug"]}' if config else ''))
-
     set_up_lr(args)
     teacher = set_up_teacher(args, data_config, names, device, dtype)
     task = set_up_task(args, model, teacher, data_config, device, dtype)
+    if args.netaug:
+        run = replace(run, netaug=task.netaug_fields())
+    _logger.info(f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters in training'
+                 + (f', NetAug {run.netaug}' if args.netaug else ''))
     optimizer = set_up_optimizer(args, task)
     if args.netaug:
         task.early_backward = not getattr(optimizer, 'is_second_order', False)
@@ -449,8 +453,8 @@ def train() -> None:
                 if (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs:
                     metrics = validate_epoch(args, task, loader_eval, evaluate_)
                 history.append(metrics.get(args.eval_metric, history[-1] if history else None))  # the last one measured
-                run['metrics'] = history
                 if primary:
+                    args.run = replace(run, metrics=history).to_dict()
                     try:
                         write_epoch(args, epoch, train_metrics, metrics, task, optimizer, saver)
                     except OSError as e:
@@ -466,8 +470,8 @@ def train() -> None:
         torch.distributed.destroy_process_group()
     if primary and saver.best_metric is not None:
         best = os.path.join(saver.checkpoint_dir, 'model_best.pth.tar')
-        loading = [f"'{run['architecture']}'", f"checkpoint_path='{best}'"] + [
-            f'{k}={v!r}' for k, v in run['model_args'].items() if v or not k.startswith('drop')]
+        loading = [f"'{run.architecture}'", f"checkpoint_path='{best}'"] + [
+            f'{k}={v!r}' for k, v in run.model_args.items() if v or not k.startswith('drop')]
         print(f'\nBest {args.eval_metric}: {saver.best_metric:.2f} (epoch {saver.best_epoch}).'
               f' The checkpoint {best} is a stock timm model:\n\n    import timm, timm_netaug\n'
               f'    model = timm.create_model({", ".join(loading)})\n')

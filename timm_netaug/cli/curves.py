@@ -1,7 +1,6 @@
 """`curves.png`: losses and accuracies of a run, from its `summary.csv`."""
 import csv
 import math
-import os
 from typing import Dict, List, Optional, Tuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -9,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import UserError
+from ..io.atomic import atomic_write
 
 __all__ = ['write_curves']
 
@@ -92,10 +92,5 @@ def write_curves(summary: str, out: str, metric: str = 'eval_top1', decreasing: 
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize='small')
-    aside = f'{out}.aside'
-    try:
-        figure.savefig(aside, format='png', dpi=120)
-        os.replace(aside, out)
-    finally:
-        if os.path.exists(aside):
-            os.unlink(aside)
+    with atomic_write(out, 'wb') as f:
+        figure.savefig(f, format='png', dpi=120)

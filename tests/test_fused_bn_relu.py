@@ -7,7 +7,7 @@ import torch.nn as nn
 from timm.layers import BatchNormAct2d
 
 from conftest import generator
-from timm_netaug.norm_act import FUSED, batch_norm_relu
+from timm_netaug.fused_bn_relu import FUSED, batch_norm_relu
 
 SHAPES = [(4, 8, 5, 5), (2, 3, 1, 1), (3, 16, 7, 9)]
 

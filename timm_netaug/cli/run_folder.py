@@ -3,12 +3,11 @@ import json
 import logging
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 import PIL
@@ -22,8 +21,11 @@ from timm.utils import get_outdir, is_primary, trim_summary
 
 import timm_netaug
 
-from ..checkpoint import AtomicSaver, aside, read_checkpoint
 from ..errors import UserError
+from ..io.atomic import atomic_write
+from ..io.checkpoint import read_checkpoint
+from ..io.run import RunDescription
+from ..io.saver import AtomicSaver
 from .args import FREE_FLAGS
 from .device import restarts
 
@@ -70,28 +72,27 @@ def find_restart(args) -> None:
         args.resume, args.no_resume_opt = last, False
 
 
-def check_resume(args, parser, run: Dict[str, Any]) -> List[Optional[float]]:
+def check_resume(args, parser, run: RunDescription) -> List[Optional[float]]:
     """Refuse a checkpoint of another model or training, naming what differs, and warn of other flags.
 
     Returns:
         The metric after every epoch so far, which schedules that follow it are stepped with.
     """
-    saved = read_checkpoint(args.resume).get('args')
-    there = getattr(saved, 'run', None)
+    checkpoint = read_checkpoint(args.resume)
+    saved, there = checkpoint.get('args'), RunDescription.from_checkpoint(checkpoint)
     if there is None:
         raise UserError(f'--resume: {args.resume} is not a checkpoint of train.py.')
-    old, new = ({'architecture': r['architecture'], **r['model_args'], 'classes': r['class_names']}
-                for r in (there, run))
+    old, new = ({'architecture': r.architecture, **r.model_args, 'classes': r.class_names} for r in (there, run))
     changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
     if changed:
         raise UserError(f'--resume: {args.resume} is of another model: ' + ', '.join(
             f'{k} is {old.get(k)!r} there and {new.get(k)!r} here' for k in changed) + '.')
-    if bool(there.get('netaug')) != bool(run.get('netaug')):
-        raise UserError(f'--resume: {args.resume} was trained with{"" if there.get("netaug") else "out"} --netaug.')
+    if bool(there.netaug) != bool(run.netaug):
+        raise UserError(f'--resume: {args.resume} was trained with{"" if there.netaug else "out"} --netaug.')
     if saved.opt != args.opt and not args.no_resume_opt:
         raise UserError(f'--resume: {args.resume} was trained with --opt {saved.opt}: take the same, or start the'
                         f' optimizer anew with --no-resume-opt.')
-    then, now = there.get('versions', {}), run['versions']
+    then, now = there.versions, run.versions
     changed = [f'{k} {then[k]}, not {now.get(k)}' for k in then if then[k] != now.get(k)]
     if is_primary(args) and changed:
         _logger.warning(f'The checkpoint was written with {", ".join(changed)}: the last bits may differ.')
@@ -100,7 +101,7 @@ def check_resume(args, parser, run: Dict[str, Any]) -> List[Optional[float]]:
     if is_primary(args) and changed:
         _logger.warning('Not the training that the checkpoint is of: ' + ', '.join(
             f'{k} was {getattr(saved, k, None)!r}, is {getattr(args, k)!r}' for k in changed) + '.')
-    return there.get('metrics', [])
+    return there.metrics
 
 
 def set_up_saver(args, parser, task: TrainingTask, optimizer, loss_scaler, start_epoch: int) -> AtomicSaver:
@@ -149,9 +150,10 @@ def _set_up_folder(args, name: str, start_epoch: int) -> Tuple[str, bool]:
             raise UserError(f'{folder} holds later epochs than {args.resume}: go on with {last}, or choose another'
                             f' --experiment to train them anew.')
         if os.path.exists(summary):
-            shutil.copyfile(summary, f'{summary}.aside')
-            trim_summary(f'{summary}.aside', start_epoch)
-            os.replace(f'{summary}.aside', summary)
+            with atomic_write(summary, 'wb') as f:
+                f.write(Path(summary).read_bytes())
+                f.flush()
+                trim_summary(f.name, start_epoch)
         return folder, True
     if os.path.exists(last):
         raise UserError(f'{folder} holds a run already: go on with it by --resume {last}, or choose another'
@@ -172,7 +174,7 @@ def _write_provenance(args, parser, output_dir: str) -> None:
         left_out.append('device')
     flags = {a.dest: getattr(args, a.dest) for a in parser._actions if a.dest not in left_out}
     flags = {k: v for k, v in flags.items() if v not in (None, [])}
-    with aside(os.path.join(output_dir, 'args.yaml')) as f:
+    with atomic_write(os.path.join(output_dir, 'args.yaml')) as f:
         yaml.safe_dump(flags, f, sort_keys=True)
     revision = None
     checkout = Path(timm_netaug.__file__).parents[1]
@@ -187,6 +189,6 @@ def _write_provenance(args, parser, output_dir: str) -> None:
         revision=revision,
         command=[os.path.basename(sys.argv[0]), *sys.argv[1:]],
     )
-    with aside(os.path.join(output_dir, 'versions.json')) as f:
+    with atomic_write(os.path.join(output_dir, 'versions.json')) as f:
         json.dump(provenance, f, indent=2)
         f.write('\n')

@@ -5,17 +5,18 @@ import difflib
 import importlib.util
 import os
 import re
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 from timm.utils import ParseKwargs
 
-from ..config import NetAugConfig
+from ..config import NetAugConfig, NetAugTraining, split_fields
 from ..errors import UserError
+from ..io.data import DataSource
 
 __all__ = [
-    'train_parser', 'validate_parser', 'parse_args', 'check_train_args', 'check_validate_args', 'netaug_config',
-    'FREE_FLAGS',
+    'train_parser', 'validate_parser', 'parse_args', 'check_train_args', 'check_validate_args', 'data_source',
+    'netaug_config', 'FREE_FLAGS',
 ]
 
 
@@ -429,13 +430,13 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse
     return args
 
 
-def netaug_config(args: argparse.Namespace) -> Optional[NetAugConfig]:
-    """Return the config that the flags ask for, None without `--netaug`.
+def netaug_config(args: argparse.Namespace) -> Optional[Tuple[NetAugConfig, NetAugTraining]]:
+    """Return the configurations of the super-network and of its training, None without `--netaug`.
 
     Raises:
         UserError: A value is out of its range, or a NetAug flag stands without `--netaug`.
     """
-    names = [f.name for f in dataclasses.fields(NetAugConfig) if f.name != 'sort']
+    names = [f.name for kind in (NetAugConfig, NetAugTraining) for f in dataclasses.fields(kind) if f.name != 'sort']
     fields = {k: getattr(args, f'netaug_{k}') for k in names if getattr(args, f'netaug_{k}') is not None}
     if args.netaug_no_sort:
         fields['sort'] = False
@@ -444,10 +445,15 @@ def netaug_config(args: argparse.Namespace) -> Optional[NetAugConfig]:
             raise UserError('NetAug flags do nothing without --netaug: add it, or leave them out.')
         return None
     try:
-        return NetAugConfig.from_dict(fields)
+        return split_fields(fields)
     except ValueError as e:
-        flag = re.sub(r'NetAugConfig\.(\w+)', lambda m: '--netaug-' + m[1].replace('_', '-'), str(e))
+        flag = re.sub(r'NetAug(?:Config|Training)\.(\w+)', lambda m: '--netaug-' + m[1].replace('_', '-'), str(e))
         raise UserError(flag) from e
+
+
+def data_source(args: argparse.Namespace) -> DataSource:
+    """Return the data set that the flags name."""
+    return DataSource(**{field.name: getattr(args, field.name) for field in dataclasses.fields(DataSource)})
 
 
 # What may change from a run to the one that goes on with it: where it runs and what it tells.

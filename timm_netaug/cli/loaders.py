@@ -7,7 +7,8 @@ from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader, cre
 from torch.utils.data import IterableDataset
 
 from ..errors import UserError, first_line
-from .data import check_split, class_names, open_dataset
+from ..io.data import check_split, class_names, open_dataset
+from .args import data_source
 
 __all__ = ['set_up_loaders']
 
@@ -16,13 +17,13 @@ _logger = logging.getLogger('train')
 
 def set_up_loaders(args, data_config: Dict[str, Any], device: torch.device, dtype) -> Tuple[Any, Any, Any, Any]:
     """Build both loaders; returns them with the mixup function (or None) and the names of the classes (or None)."""
-    channels = data_config['input_size'][0]
-    common = dict(batch_size=args.batch_size, seed=args.seed, class_map=args.class_map)
+    source, channels = data_source(args), data_config['input_size'][0]
+    common = dict(batch_size=args.batch_size, seed=args.seed)
     dataset_train = open_dataset(
-        args, args.train_split, channels, is_training=True, repeats=args.epoch_repeats,
+        source, args.train_split, channels, is_training=True, repeats=args.epoch_repeats,
         num_samples=args.train_num_samples, **common)
     dataset_eval = open_dataset(
-        args, args.val_split, channels, is_training=False, num_samples=args.val_num_samples, **common)
+        source, args.val_split, channels, is_training=False, num_samples=args.val_num_samples, **common)
     for dest in ('epoch_repeats', 'train_num_samples', 'val_num_samples'):
         if getattr(args, dest) and not isinstance(dataset_train, IterableDataset):
             raise UserError(f'--{dest.replace("_", "-")} is for iterable data sets alone (tfds, wds, hfids): leave it'

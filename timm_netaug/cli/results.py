@@ -7,8 +7,8 @@ from typing import Any, Dict, List, Optional, Tuple
 from timm.models import get_pretrained_cfg, is_model, list_models
 from timm.utils import natural_key
 
-from ..checkpoint import aside
 from ..errors import UserError
+from ..io.atomic import atomic_write
 
 __all__ = ['bulk_entries', 'sort_results', 'write_results']
 
@@ -69,7 +69,7 @@ def write_results(path: str, results: Any, format: str) -> None:
     """
     all_rows = results if isinstance(results, list) else [results]
     rows = [{k: v for k, v in row.items() if k not in _PRINTED_ONLY} for row in all_rows]
-    with aside(path) as f:
+    with atomic_write(path) as f:
         if format == 'json':
             json.dump(rows if isinstance(results, list) else rows[0], f, indent=4)
         else:

@@ -1,11 +1,10 @@
 """What is trained: the model with the weights that it starts from, its teacher, and the task with their losses."""
 import logging
 import os
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
 from timm import create_model
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import resolve_model_input_args
@@ -22,10 +21,12 @@ from timm.task import (
 
 import timm_netaug
 
-from ..checkpoint import check_finite, classes_in_file, read_weights
 from ..errors import UserError, check_model_name, first_line
 from ..fetch import local_name
+from ..io.checkpoint import count_classes, read_weights
+from ..load import load_model
 from ..reference import checkpoint_filter_fn
+from .args import netaug_config
 from .device import uses_channels_last
 
 __all__ = ['set_up_model', 'set_up_task', 'set_up_teacher', 'to_train']
@@ -62,7 +63,7 @@ def set_up_model(args) -> nn.Module:
     pretrained, overlay = args.pretrained, {}
     if args.pretrained_path:
         pretrained = True
-        classes = classes_in_file(args.pretrained_path, args.model)
+        classes = count_classes(read_weights(args.pretrained_path), args.model)
         overlay = dict(file=args.pretrained_path, num_classes=-1 if classes is None else classes)
         if classes is not None and args.num_classes not in (None, classes):
             _logger.info(f'The weights are for {classes} classes, not {args.num_classes}: the classifier is a new one.')
@@ -119,19 +120,22 @@ def _set_up_head(args, model: nn.Module) -> None:
         nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
 
 
-def to_train(args, model: nn.Module, config: Optional[timm_netaug.NetAugConfig], device, dtype) -> nn.Module:
+def to_train(args, model: nn.Module, config: Optional[Tuple[Any, Any]], device, dtype) -> nn.Module:
     """Make of the stock model what is trained: with NetAug its super-network, on the device, in format and type.
+
+    Args:
+        config: The configurations of the super-network and of its training; None without NetAug.
 
     Raises:
         UserError: The model is not one that NetAug takes.
     """
     if config is not None:
         try:
-            model = timm_netaug.augment(model, config)
+            model = timm_netaug.augment(model, config[0])
         except ValueError as e:
             raise UserError(f'--netaug: {e} The models that it takes are listed in docs/models.md.') from e
         if not (args.pretrained or args.pretrained_path or args.initial_checkpoint):
-            model.init_weights()
+            model.init_weights(config[1].sort)
     _set_up_head(args, model)
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
@@ -170,14 +174,13 @@ def set_up_teacher(
     if not name:
         return None
     check_model_name(name)
-    try:
-        model = create_model(local_name(name), pretrained=True, in_chans=data_config['input_size'][0])
-    except (FileNotFoundError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as e:
-        raise UserError(f'--kd-model-name: {name} can not be loaded: {first_line(e)[:300]}.') from e
-    check_finite(model.state_dict(), f'--kd-model-name: {name}')
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    names = cfg.get('label_names')
     channels = data_config['input_size'][0]
+    try:
+        teacher = load_model(name, in_chans=channels)
+    except UserError as e:
+        raise UserError(f'--kd-model-name: {e}') from e
+    model, names = teacher.model, teacher.class_names
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
     if len(cfg.get('mean', ())) not in (0, channels):
         raise UserError(f'--kd-model-name: {name} has a normalisation for {len(cfg["mean"])} channels, the images have'
                         f' {channels}: train the teacher on such images first.')
@@ -189,7 +192,7 @@ def set_up_teacher(
         odd = next((pair for pair in zip(names, class_names) if pair[0] != pair[1]), None)
         told = f'{odd[0]}, here {odd[1]}' if odd else f'{len(names)} names, here {len(class_names)}'
         raise UserError(f'--kd-model-name: {name} has other classes than the data set ({told}).')
-    model = model.to(device=device, dtype=dtype).eval()
+    model = model.to(device=device, dtype=dtype)
     for size in [data_config['input_size'], *((channels, n, n) for n in args.train_img_sizes or ())]:
         try:
             with torch.inference_mode():
@@ -245,7 +248,8 @@ def set_up_task(
     weights = dict(task_loss_weight=args.task_loss_weight, distill_loss_weight=args.distill_loss_weight)
     soft = dict(temperature=args.kd_temperature, **weights)
     if args.netaug:
-        task = timm_netaug.NetAugTask(model, teacher=teacher, seed=args.seed, **soft, **kwargs)
+        training = netaug_config(args)[1].to_dict()
+        task = timm_netaug.NetAugTask(model, teacher=teacher, seed=args.seed, **training, **soft, **kwargs)
     elif teacher is None:
         return ClassificationTask(model, **kwargs)
     else:

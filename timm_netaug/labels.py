@@ -1,11 +1,11 @@
-"""Labels other than the data set's own, and metrics beyond accuracy, for `validate.py`."""
+"""Labels other than the data set's own, and metrics beyond accuracy."""
 from typing import Any, Dict, List, Optional
 
 import torch
 from timm.data import RealLabelsImagenet
 from timm.task import ClassificationEvaluator
 
-from ..errors import UserError, first_line
+from .errors import UserError, first_line
 
 __all__ = ['LabelEvaluator', 'read_valid_labels', 'read_real_labels']
 

@@ -1,9 +1,10 @@
-"""Opening timm's data sets, with checks that `train.py` and `validate.py` share."""
+"""Data sets of timm's, opened with checks that training and evaluation share."""
 import atexit
 import logging
 import os
 import tempfile
-from typing import Any, Iterator, List, Optional
+from dataclasses import dataclass
+from typing import Any, Iterator, List, Mapping, Optional, Union
 
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
@@ -11,12 +12,25 @@ from timm.data.readers import get_img_extensions
 
 from ..errors import UserError
 
-__all__ = ['class_names', 'open_dataset', 'check_split', 'watched']
+__all__ = ['DataSource', 'class_names', 'open_dataset', 'check_split', 'watched']
 
 _logger = logging.getLogger(__name__)
 logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)  # it would tell of the same image in every epoch
 _PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 _SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where images are, and how a sample is read. The fields are the flags of the same names."""
+    data_dir: str
+    dataset: str = ''
+    class_map: Union[str, Mapping[str, int]] = ''
+    dataset_download: bool = False
+    input_img_mode: Optional[str] = None
+    input_key: Optional[str] = None
+    target_key: Optional[str] = None
+    dataset_trust_remote_code: bool = False
 
 
 class WatchedImages(ImageDataset):
@@ -117,8 +131,8 @@ def class_names(dataset: Any) -> Optional[List[str]]:
     return [str(name) for name in sorted(index, key=index.get)] if index else None
 
 
-def open_dataset(args: Any, split: str, channels: int, **kwargs: Any) -> Any:
-    """Open a split of the data set that the flags of either script name.
+def open_dataset(source: DataSource, split: str, channels: int, **kwargs: Any) -> Any:
+    """Open a split of a data set.
 
     Args:
         channels: Of the model's input; images of other than three are read as grey.
@@ -127,20 +141,22 @@ def open_dataset(args: Any, split: str, channels: int, **kwargs: Any) -> Any:
     Raises:
         UserError: Its type is none of timm's (which would take it for a folder of images), or it can not be opened.
     """
-    if '/' in args.dataset and args.dataset.split('/')[0].lower() not in _PREFIXES:
-        raise UserError(f'--dataset {args.dataset}: timm knows the types {", ".join(_PREFIXES)}, as in torch/cifar10.')
-    if args.data_dir and not args.dataset and not os.path.isdir(args.data_dir):
-        raise UserError(f'--data-dir: there is no folder {args.data_dir}.')
+    name, root = source.dataset, source.data_dir
+    if '/' in name and name.split('/')[0].lower() not in _PREFIXES:
+        raise UserError(f'--dataset {name}: timm knows the types {", ".join(_PREFIXES)}, as in torch/cifar10.')
+    if root and not name and not os.path.isdir(root):
+        raise UserError(f'--data-dir: there is no folder {root}.')
     try:
         dataset = create_dataset(
-            args.dataset,
-            root=args.data_dir,
+            name,
+            root=root,
             split=split,
-            download=args.dataset_download,
-            input_img_mode=args.input_img_mode or ('RGB' if channels == 3 else 'L'),
-            input_key=args.input_key,
-            target_key=args.target_key,
-            trust_remote_code=args.dataset_trust_remote_code,
+            class_map=source.class_map,
+            download=source.dataset_download,
+            input_img_mode=source.input_img_mode or ('RGB' if channels == 3 else 'L'),
+            input_key=source.input_key,
+            target_key=source.target_key,
+            trust_remote_code=source.dataset_trust_remote_code,
             **kwargs,
         )
     except (RuntimeError, FileNotFoundError, AssertionError) as e:

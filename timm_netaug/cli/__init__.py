@@ -1,0 +1,1 @@
+"""The command lines: `train` and `validate`, and the commands of `python -m timm_netaug`."""

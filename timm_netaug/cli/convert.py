@@ -1,0 +1,22 @@
+"""The authors' `.pth` files as folders that timm and the Hub take: `python -m timm_netaug convert PTH OUT_DIR`."""
+import argparse
+from typing import Optional, Sequence
+
+from ..convert import convert
+from ..errors import told_plainly
+
+__all__ = ['main']
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_netaug convert',
+        description="Write a .pth file of the NetAug authors as a folder for timm.create_model('local-dir:OUT_DIR').")
+    parser.add_argument('pth', help="file of a tiny model, in the authors' names or in timm's")
+    parser.add_argument('out_dir', help='folder for model.safetensors and config.json')
+    parser.add_argument('--model', required=True, metavar='NAME', help='architecture, netaug_mbv2_tiny for one')
+    args = parser.parse_args(argv)
+    with told_plainly('timm_netaug convert'):
+        convert(args.pth, args.out_dir, args.model)
+    print(f"Converted. Load it with:\n\n    import timm, timm_netaug\n"
+          f"    model = timm.create_model('local-dir:{args.out_dir}', pretrained=True)")

@@ -1,0 +1,29 @@
+"""A checkpoint of `train.py` as a folder that timm takes: `python -m timm_netaug export CHECKPOINT OUT_DIR`."""
+import argparse
+from typing import Optional, Sequence
+
+from ..errors import told_plainly
+from ..io.checkpoint import read_checkpoint
+from ..io.folder import export_folder
+from ..load import load_model
+from .facts import facts_of_run
+
+__all__ = ['main']
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_netaug export',
+        description="Write a checkpoint as a folder for timm.create_model('local-dir:OUT_DIR').")
+    parser.add_argument('checkpoint', help='checkpoint of train.py, or file of weights')
+    parser.add_argument('out_dir', help='folder for model.safetensors and config.json')
+    parser.add_argument('--model', metavar='NAME', help='architecture of a file that does not say it')
+    parser.add_argument('--use-ema', action='store_true',
+                        help='export the moving average of the weights (default where the run validated it)')
+    args = parser.parse_args(argv)
+    with told_plainly('timm_netaug export'):
+        loaded = load_model(args.checkpoint, args.model, args.use_ema or None)
+        facts = facts_of_run(read_checkpoint(args.checkpoint), args.use_ema or None) if loaded.run else None
+        export_folder(loaded.model, args.out_dir, loaded.describe(), facts)
+    print(f"Exported. Load it with:\n\n    import timm, timm_netaug\n"
+          f"    model = timm.create_model('local-dir:{args.out_dir}', pretrained=True)")

@@ -1,0 +1,93 @@
+"""Facts of a run for the model card: its command line, as a checkpoint of `train.py` has it, and what it reached."""
+import argparse
+import math
+from typing import Any, Dict, List, Mapping, Optional
+
+from timm.utils import ParseKwargs
+
+from ..card import METRICS
+from ..errors import UserError
+from ..io.checkpoint import read_checkpoint
+from ..io.run import RunDescription
+from .args import FREE_FLAGS, train_parser
+
+__all__ = ['facts_of_run', 'metrics_of_baseline']
+
+_PATHS = ('pretrained_path', 'initial_checkpoint', 'class_map')  # where they lie is of no use to others
+_DATASET = ('dataset', 'input_img_mode', 'input_key', 'target_key')  # that the evaluation needs too
+
+
+def _flags(args: argparse.Namespace, only: Optional[tuple] = None) -> List[str]:
+    """Return the command line of what differs from the defaults of `train.py`."""
+    parser, argv = train_parser(), []
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if action.dest in ('help', *FREE_FLAGS) or (only and action.dest not in only):
+            continue
+        if value == action.default:
+            continue
+        if action.dest in _PATHS:
+            value = str(value).replace('\\', '/').rpartition('/')[2]
+        argv.append(max(action.option_strings, key=len))
+        if isinstance(action, ParseKwargs):
+            argv += [f'{k}={v!r}' for k, v in value.items()]
+        elif not isinstance(action, argparse._StoreTrueAction):
+            argv += map(str, value if isinstance(value, (list, tuple)) else [value])
+    return argv
+
+
+def _without_netaug(command: List[str]) -> List[str]:
+    """Return the flags of a command that are not NetAug's."""
+    words, skip = [], False
+    for word in command:
+        if word.startswith('--'):
+            skip = word.startswith('--netaug')
+        if not skip:
+            words.append(word)
+    return words
+
+
+def facts_of_run(checkpoint: Mapping[str, Any], use_ema: Optional[bool] = None) -> Dict[str, Any]:
+    """Collect, as plain data, what a checkpoint of `train.py` says of its training.
+
+    Args:
+        use_ema: Whether the weights are the moving average; None: those that the run validated.
+    """
+    args = train_parser().parse_args([])  # flags that an earlier version did not have yet
+    vars(args).update(vars(checkpoint['args']))
+    facts = dict(
+        command=_flags(args),
+        processes=getattr(args, 'world_size', 1),
+        evaluated_with=[*_flags(args, _DATASET), '--split', args.val_split],
+    )
+    if 'epoch' in checkpoint:
+        facts.update(epoch=checkpoint['epoch'] + 1, epochs=args.epochs)
+    metric = checkpoint.get('metric')
+    of_these_weights = use_ema is None or use_ema == RunDescription.from_checkpoint(checkpoint).ema
+    if args.eval_metric in METRICS and metric is not None and math.isfinite(metric) and of_these_weights:
+        facts['metrics'] = {args.eval_metric: metric}
+    if '/' in args.dataset:
+        facts['dataset'] = args.dataset.partition('/')[2]
+    return facts
+
+
+def metrics_of_baseline(path: str, facts: Mapping[str, Any]) -> Dict[str, float]:
+    """Return what a checkpoint of the same training without NetAug has reached.
+
+    Raises:
+        UserError: It is of another training, or its metric is not on record.
+    """
+    checkpoint = read_checkpoint(path)
+    if RunDescription.from_checkpoint(checkpoint) is None:
+        raise UserError(f'--baseline: {path} is not a checkpoint of train.py.')
+    baseline = facts_of_run(checkpoint)
+    if baseline['command'] != _without_netaug(facts.get('command', [])):
+        raise UserError(f'--baseline: {path} is not of the same training without NetAug; it was trained with:'
+                        f' {" ".join(baseline["command"])}')
+    for key in ('processes', 'evaluated_with'):
+        if baseline.get(key) != facts.get(key):
+            raise UserError(f'--baseline: {path} is not of the same training without NetAug: {key} is'
+                            f' {baseline.get(key)} there and {facts.get(key)} here.')
+    if 'metrics' not in baseline:
+        raise UserError(f'--baseline: {path} has no accuracy on record.')
+    return baseline['metrics']

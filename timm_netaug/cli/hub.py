@@ -1,0 +1,95 @@
+"""Models to and from the Hugging Face Hub.
+
+    python -m timm_netaug hub push output/train/RUN/model_best.pth.tar OWNER/NAME --data-dir DATA
+    python -m timm_netaug hub pull OWNER/NAME OUT_DIR
+"""
+import argparse
+import json
+import os
+from typing import Any, Dict, Optional, Sequence
+
+from ..card import known_facts
+from ..errors import UserError, told_plainly
+from ..hub import pull, push
+from ..io.checkpoint import read_checkpoint
+from ..io.folder import CONFIG
+from ..load import LoadedModel, load_model
+from ..shipped import shipped_cfgs, shipped_folder
+from .facts import facts_of_run, metrics_of_baseline
+
+__all__ = ['main']
+
+
+def _load(args: argparse.Namespace) -> LoadedModel:
+    there = os.path.exists(args.checkpoint)
+    source = os.path.abspath(args.checkpoint) if there else shipped_folder(args.checkpoint)
+    if source is None:
+        raise UserError(f'There is no checkpoint and no folder {args.checkpoint}, and the weights that ship are'
+                        f' {", ".join(shipped_cfgs())}.')
+    return load_model(str(source), args.model, args.use_ema or None)
+
+
+def _facts(args: argparse.Namespace, loaded: LoadedModel) -> Dict[str, Any]:
+    """Collect what is known of a model's training."""
+    if loaded.folder is not None:
+        facts = known_facts(json.loads((loaded.folder / CONFIG).read_text(encoding='utf-8')))
+    elif loaded.run is not None:
+        facts = facts_of_run(read_checkpoint(args.checkpoint), args.use_ema or None)
+    else:
+        facts = dict(converted_from=os.path.basename(args.checkpoint))
+    facts.update({k: v for k in ('dataset', 'dataset_terms') if (v := getattr(args, k))})
+    if args.baseline:
+        facts['baseline'] = metrics_of_baseline(args.baseline, facts)
+        if args.baseline_about:
+            facts['baseline_about'] = args.baseline_about
+    return facts
+
+
+def _push(args: argparse.Namespace) -> None:
+    loaded = _load(args)
+    push(
+        loaded,
+        args.repo,
+        _facts(args, loaded),
+        revision=args.revision,
+        private=args.private,
+        dry_run=args.dry_run,
+        data_dir=args.data_dir,
+        license=args.license,
+    )
+
+
+def _pull(args: argparse.Namespace) -> None:
+    pull(args.repo, args.out_dir, args.revision, args.allow_pickle)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_netaug hub', description='Push a tiny model to the Hugging Face Hub, or pull one.')
+    commands = parser.add_subparsers(required=True, metavar='push|pull')
+    command = commands.add_parser('push', help='push weights, config and card as one commit')
+    command.set_defaults(run=_push)
+    command.add_argument('checkpoint', help='checkpoint of train.py, exported folder, .pth of the authors, or ARCH.TAG'
+                                            ' of shipped weights')
+    command.add_argument('repo', metavar='OWNER/NAME', help='repository; it is created where there is none')
+    command.add_argument('--private', action='store_true', help='create it as a private one')
+    command.add_argument('--revision', metavar='R', help='branch to push to (main)')
+    command.add_argument('--dry-run', metavar='OUT_DIR', help='write what would be pushed; needs no network')
+    command.add_argument('--model', metavar='NAME', help='architecture of a file that does not say it')
+    command.add_argument('--use-ema', action='store_true', help='the moving average (default where it was validated)')
+    command.add_argument('--data-dir', metavar='DIR', help='evaluate, and push if the accuracy is the recorded one')
+    command.add_argument('--baseline', metavar='CHECKPOINT', help='of the same training without NetAug, for the card')
+    command.add_argument('--baseline-about', metavar='TEXT', help='how else it differs, for the card')
+    command.add_argument('--license', metavar='ID', help='of the weights, as in apache-2.0')
+    command.add_argument('--dataset-name', dest='dataset', metavar='NAME', help='data set of the training')
+    command.add_argument('--dataset-terms', metavar='TEXT', help='its terms of use')
+    command = commands.add_parser('pull', help='fetch a model, check it, and write it as a folder')
+    command.set_defaults(run=_pull)
+    command.add_argument('repo', metavar='OWNER/NAME', help='repository')
+    command.add_argument('out_dir', help='folder for model.safetensors and config.json')
+    command.add_argument('--revision', metavar='R', help='branch, tag or commit (main)')
+    command.add_argument('--allow-pickle', action='store_true',
+                         help='take weights that are there as a pickle only; no code in it is run')
+    args = parser.parse_args(argv)
+    with told_plainly('timm_netaug hub'):
+        args.run(args)

@@ -1,0 +1,76 @@
+"""What a model costs: `python -m timm_netaug info NAME|CHECKPOINT`."""
+import argparse
+import json
+from typing import Any, Dict, Optional, Sequence
+
+from ..config import NetAugConfig, split_fields
+from ..errors import UserError, told_plainly
+from ..info import describe
+from ..load import load_model
+
+__all__ = ['main']
+
+
+def _by(size: Sequence[int]) -> str:
+    return ' x '.join(map(str, size))
+
+
+def _report(info: Dict[str, Any], layers: bool) -> str:
+    flash, peak = info['flash_int8_bytes'], info['peak_activation_int8_bytes']
+    lines = [
+        f'{info["architecture"]}, input {_by(info["input_size"])}, {info["num_classes"]} classes',
+        '',
+        f'parameters         {info["parameters"]:,}',
+        f'MACs               {info["macs"] / 1e6:,.2f} M (convolutions and linear layers)',
+        'flash, int8        {0:,} bytes ({1:,.1f} KiB)'.format(flash, flash / 1024),
+        'activations, int8  {0:,} bytes ({1:,.1f} KiB) at the peak, {2}'.format(peak, peak / 1024, info['peak_layer']),
+    ]
+    if info['netaug']:
+        lines += ['super-network      {parameters:,} parameters; its samples have {mean_macs_ratio:.1f} x the MACs'
+                  ' (mean of {samples})'.format(**info['netaug'])]
+    if layers:
+        table = '{:{width}}  {:>15}  {:>13}  {:>12}  {:>10}'.format
+        width = max(len(row['name']) for row in info['layers'])
+        lines += ['', table('operator', 'output', 'MACs', 'weight bytes', 'live bytes', width=width)]
+        for row in info['layers']:
+            numbers = [f'{row[k]:,}' for k in ('macs', 'weight_bytes', 'live_bytes')]
+            mark = '  <- peak' if row['live_bytes'] == peak else ''
+            lines += [table(row['name'], _by(row['shape']), *numbers, width=width) + mark]
+    return '\n'.join([*lines, '', *([info['netaug_refusal']] if info['netaug_refusal'] else []), info['memory_model']])
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_netaug info',
+        description='Tell what a model costs on a microcontroller, and what its super-network costs in training.')
+    parser.add_argument('source', metavar='NAME|CHECKPOINT', help='timm model, checkpoint or exported folder')
+    parser.add_argument('--model', metavar='NAME', help='architecture of a file that does not say it')
+    parser.add_argument('--img-size', type=int, metavar='N', help="height and width of the input; the model's own")
+    parser.add_argument('--num-classes', type=int, metavar='N', help="classes; the model's own")
+    parser.add_argument('--layers', action='store_true', help='list every operator')
+    parser.add_argument('--json', action='store_true', help='print JSON')
+    parser.add_argument('--samples', type=int, default=200, metavar='N', help='augmented networks to average (200)')
+    parser.add_argument('--netaug-width-mults', nargs='+', type=float, metavar='M', help='as for train.py')
+    parser.add_argument('--netaug-expand-mults', nargs='+', type=float, metavar='M', help='as for train.py')
+    parser.add_argument('--netaug-divisor', type=int, metavar='N', help='as for train.py')
+    args = parser.parse_args(argv)
+    with told_plainly('timm_netaug info'):
+        for flag in ('img_size', 'num_classes', 'samples'):
+            value = getattr(args, flag)
+            if value is not None and value < 1:
+                raise UserError(f'--{flag.replace("_", "-")} must be at least 1, got {value}.')
+        loaded = load_model(
+            args.source, args.model, pretrained=False, flags=dict(img_size=args.img_size), num_classes=args.num_classes)
+        if loaded.run and args.num_classes is not None:
+            raise UserError('--num-classes: a checkpoint has its own number of classes. Leave the flag out.')
+        config = split_fields((loaded.run and loaded.run.netaug) or {})[0].to_dict()
+        fields = {k: getattr(args, f'netaug_{k}') for k in ('width_mults', 'expand_mults', 'divisor')}
+        try:
+            config = NetAugConfig.from_dict({**config, **{k: v for k, v in fields.items() if v is not None}})
+        except ValueError as e:
+            raise UserError(f'--netaug-*: {e}') from e
+        info = describe(loaded.model, loaded.data_config['input_size'], config, args.samples)
+    if args.json:
+        print(json.dumps({k: v for k, v in info.items() if k != 'layers' or args.layers}, indent=2))
+    else:
+        print(_report(info, args.layers))

@@ -1,0 +1,79 @@
+"""The models that `validate.py` evaluates, built from names and checkpoints."""
+import argparse
+import logging
+import math
+import os
+from typing import Any, Dict
+
+import torch.nn as nn
+from timm.layers import apply_test_time_pool
+
+from ..errors import UserError, first_line
+from ..io.run import RunDescription
+from ..load import LoadedModel, load_model, read_run
+from .args import validate_parser
+
+__all__ = ['load_subject', 'pool_as_in_training']
+
+_logger = logging.getLogger('validate')
+
+
+def _check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, run: RunDescription) -> None:
+    """Refuse flags that contradict a checkpoint of `train.py`, which knows all that there is to know of its model."""
+    own = dict(model=run.architecture, pretrained=False, gp=run.model_args.get('global_pool'),
+               num_classes=run.model_args['num_classes'], in_chans=run.model_args.get('in_chans'), model_kwargs={})
+    for dest, value in own.items():
+        if getattr(args, dest) not in (parser.get_default(dest), value):
+            raise UserError(f'--{dest.replace("_", "-")}: the checkpoint is of a model of its own,'
+                            f' {run.architecture} with {run.model_args}. Leave the flag out.')
+
+
+def load_subject(args: argparse.Namespace, parser: argparse.ArgumentParser) -> LoadedModel:
+    """Build the model that `--model` or `--checkpoint` names.
+
+    Raises:
+        UserError: There is none, or its weights are broken or of another model.
+    """
+    run = read_run(args.checkpoint) if args.checkpoint else None
+    if run is not None:
+        _check_flags(args, parser, run)
+    elif args.checkpoint and not os.path.isfile(args.checkpoint):
+        raise UserError(f'There is no checkpoint {args.checkpoint}.')
+    loaded = load_model(
+        args.checkpoint or args.model or validate_parser().get_default('model'),
+        args.model if args.checkpoint else None,
+        args.use_ema,
+        args.pretrained or not args.checkpoint,
+        vars(args),
+        use_test_size=not args.use_train_size,
+        num_classes=args.num_classes,
+        in_chans=args.in_chans,
+        global_pool=args.gp,
+        **args.model_kwargs,
+    )
+    if run is not None and run.ema and not args.use_ema:
+        _logger.warning('The metrics of this run are those of the moving average of its weights: see --use-ema.')
+    if run is not None and args.test_pool and getattr(loaded.model, 'feature_info', None):
+        # What timm compares the input with; its own numbers are of the registered model.
+        stride = loaded.model.feature_info[-1]['reduction']
+        channels, *size = run.data_config['input_size']
+        loaded.model.pretrained_cfg.update(
+            input_size=(channels, *size), pool_size=tuple(math.ceil(side / stride) for side in size))
+    return loaded
+
+
+def pool_as_in_training(model: nn.Module, data_config: Dict[str, Any]) -> nn.Module:
+    """Apply `--test-pool`, which wants whole images: the input's config is changed.
+
+    Raises:
+        UserError: The model is not made of features, one pooling and one classifier.
+    """
+    try:
+        pooled, applied = apply_test_time_pool(model, data_config)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as e:
+        raise UserError(f'--test-pool does not work with a {type(model).__name__}: {first_line(e)}.') from e
+    if applied:
+        data_config['crop_pct'] = 1.0
+    else:
+        _logger.warning('--test-pool changes nothing: the input is not larger than in training. See --img-size.')
+    return pooled

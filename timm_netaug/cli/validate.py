@@ -1,0 +1,220 @@
+"""Evaluate timm models, folders or Hub repositories, checkpoints of `train.py`, or reference checkpoints.
+
+    python validate.py --data-dir DATA --checkpoint output/train/RUN/model_best.pth.tar
+    python validate.py --data-dir DATA --model netaug_mbv2_tiny --checkpoint reference.pth --num-classes 1000
+    python validate.py --data-dir DATA --checkpoint output/train/RUN --results-file results.csv
+"""
+import argparse
+import json
+import logging
+import math
+import sys
+from functools import partial
+from typing import Any, Dict, List, Tuple
+
+import torch
+import torch.nn as nn
+from timm.layers import set_fast_norm, set_scriptable
+from timm.utils import random_seed, reparameterize_model, set_jit_fuser, setup_default_logging
+
+from ..errors import UserError, first_line, told_plainly
+from ..evaluate import evaluate_model
+from .args import check_validate_args, data_source, parse_args, validate_parser
+from .device import choose_device, mixed_precision
+from .results import bulk_entries, sort_results, write_results
+from .subject import load_subject, pool_as_in_training
+
+_logger = logging.getLogger('validate')
+
+
+class _FixedBatch(nn.Module):
+    """Fills the last batch up for a model that is compiled for the first one's size, without a check of its input."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.size = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.size = self.size or len(x)
+        return self.model(torch.cat([x, x[:1].expand(self.size - len(x), *x.shape[1:])]))[:len(x)]
+
+
+def compile_model(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """Apply `--torchscript`, `--torchcompile`, `--aot-autograd` and `--num-gpu`.
+
+    Raises:
+        UserError: The model, or what it is compiled with, is not fit for it.
+    """
+    try:
+        if args.torchscript:
+            model = torch.jit.script(model)
+        elif args.torchcompile:
+            torch._dynamo.reset()  # in bulk, the models before would count against its limit
+            model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+        elif args.aot_autograd:
+            from functorch.compile import memory_efficient_fusion  # imports much that nothing else needs
+            model = _FixedBatch(memory_efficient_fusion(model))
+    except (ImportError, RuntimeError) as e:
+        raise UserError(f'The model can not be compiled: {first_line(e)}.') from e
+    return nn.DataParallel(model, device_ids=list(range(args.num_gpu))) if args.num_gpu > 1 else model
+
+
+def validate_one(args: argparse.Namespace, parser: argparse.ArgumentParser, retry: bool) -> Dict[str, Any]:
+    """Evaluate one model or checkpoint.
+
+    Args:
+        retry: Use smaller batches where memory is short.
+
+    Returns:
+        The row of results: timm's columns, the loss and the number of images.
+
+    Raises:
+        UserError: It can not be done as it stands; the message says what to change.
+    """
+    random_seed(args.seed, 0)
+    with set_scriptable(args.torchscript):
+        subject = load_subject(args, parser)
+    model, data_config = subject.model, subject.data_config
+    num_classes = model.num_classes
+    if args.reparam:
+        model = reparameterize_model(model, inplace=True)
+    param_count = sum(p.numel() for p in model.parameters())
+    if args.test_pool:
+        model = pool_as_in_training(model, data_config)
+    if args.naflex_loader:
+        other_loader = dict(naflex_max_seq_len=args.naflex_max_seq_len)
+    else:
+        other_loader = dict(crop_border_pixels=args.crop_border_pixels, tf_preprocessing=args.tf_preprocessing)
+    try:
+        measured = evaluate_model(
+            model,
+            data_source(args),
+            args.split,
+            data_config,
+            num_classes,
+            subject.class_names,
+            batch_size=args.batch_size,
+            retry=retry,
+            device=args.device,
+            dtype=getattr(torch, args.model_dtype or 'float32'),
+            autocast=mixed_precision(args, torch.device(args.device)),
+            channels_last=args.channels_last,
+            compile=partial(compile_model, args=args),
+            num_samples=args.num_samples,
+            valid_labels=args.valid_labels,
+            real_labels=args.real_labels,
+            metrics_avg=args.metrics_avg,
+            log_interval=args.log_freq,
+            num_workers=args.workers,
+            use_prefetcher=not args.no_prefetcher,
+            pin_memory=args.pin_mem,
+            **other_loader,
+        )
+    except RuntimeError as e:
+        if not (args.torchscript or args.torchcompile or args.aot_autograd):
+            raise
+        raise UserError(f'The compiled model does not run: {first_line(e)}.') from e
+    top1, top5, loss, images = (measured.pop(k) for k in ('top1', 'top5', 'loss', 'images'))
+    return dict(
+        model=subject.name,
+        top1=round(top1, 4),
+        top1_err=round(100 - top1, 4),
+        top5=round(top5, 4),
+        top5_err=round(100 - top5, 4),
+        **{name: round(value, 4) for name, value in measured.items()},
+        param_count=round(param_count / 1e6, 2),
+        img_size=data_config['input_size'][-1],
+        crop_pct=data_config['crop_pct'],
+        interpolation=data_config['interpolation'],
+        **(dict(checkpoint=args.checkpoint) if args.checkpoint else {}),
+        loss=round(loss, 5) if math.isfinite(loss) else None,  # JSON has no such numbers
+        images=images,
+    )
+
+
+def validate_bulk(
+        args: argparse.Namespace,
+        parser: argparse.ArgumentParser,
+        entries: List[Tuple[str, str]],
+) -> List[Dict[str, Any]]:
+    """Evaluate models and checkpoints one after the other, as far as an interruption lets it.
+
+    Returns:
+        Their rows, the best first; those of failed ones say why.
+    """
+    results = []
+    for i, (model, checkpoint) in enumerate(entries):
+        name = checkpoint or model
+        _logger.info(f'{name} ({i + 1} of {len(entries)})')
+        entry = argparse.Namespace(**{**vars(args), 'model': model, 'checkpoint': checkpoint})
+        try:
+            row = validate_one(entry, parser, retry=True)
+        except KeyboardInterrupt:
+            _logger.warning(f'Interrupted at {name}.')
+            break
+        except Exception as e:  # whatever it is, it must not cost the results of the others
+            row = dict(model=model or name, **(dict(checkpoint=checkpoint) if checkpoint else {}),
+                       error=' '.join(str(e).split())[:300] or type(e).__name__)
+            _logger.error(f'{name}: {row["error"]}')
+        results = sort_results([*results, row])
+        if args.results_file:
+            write_results(args.results_file, results, args.results_format)
+    return results
+
+
+def set_up_device(args: argparse.Namespace) -> None:
+    """Choose the device, and what holds for all models on it.
+
+    Raises:
+        UserError: PyTorch does not find such a device, or not so many of them.
+    """
+    choose_device(args, _logger)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as e:
+        raise UserError(f'--device {args.device}: {first_line(e)}.') from e
+    gpus = torch.cuda.device_count() if device.type == 'cuda' else 0
+    if args.num_gpu > 1 and args.num_gpu > gpus:
+        raise UserError(f'--num-gpu {args.num_gpu}: there are {gpus} GPUs to evaluate on.')
+    if args.fuser:
+        set_jit_fuser(args.fuser)
+    if args.fast_norm:
+        set_fast_norm()
+
+
+def validate() -> None:
+    """Evaluate as the command line says.
+
+    Raises:
+        UserError: It can not be done as it stands; the message says what to change.
+    """
+    setup_default_logging()
+    logging.getLogger('timm').setLevel(logging.WARNING)
+    parser = validate_parser()
+    parser.set_defaults(model='')  # a checkpoint of another origin needs a name that was given
+    args = parse_args(parser, sys.argv[1:])
+    check_validate_args(parser, args)
+    set_up_device(args)
+    entries = bulk_entries(args.model, args.checkpoint, args.num_classes or 1000)
+    if entries is None:
+        results = validate_one(args, parser, args.retry)
+        if args.results_file:
+            write_results(args.results_file, results, args.results_format)
+    else:
+        results = validate_bulk(args, parser, entries)
+    print(json.dumps(results, indent=2))
+    if entries is not None and len(results) < len(entries):
+        raise UserError(f'Interrupted after {len(results)} of {len(entries)} models.')
+    failed = [row for row in results if 'error' in row] if entries is not None else []
+    if failed:
+        raise UserError(f'{len(failed)} of {len(entries)} models failed; their "error" says why.')
+
+
+def main() -> None:
+    with told_plainly('validate.py'):
+        validate()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,220 @@
+"""Evaluation: `evaluate_model` opens a data set and measures a model on it, `evaluate` is the pass over a loader."""
+import logging
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.data import create_loader, create_naflex_loader
+from timm.task import ClassificationEvaluator
+from timm.utils import check_batch_size_retry, decay_batch_step
+from tqdm import tqdm
+
+from .errors import UserError
+from .io.data import DataSource, check_split, class_names, open_dataset, watched
+from .labels import LabelEvaluator, read_real_labels, read_valid_labels
+
+__all__ = ['evaluate', 'evaluate_model', 'progress_bar']
+
+_logger = logging.getLogger(__name__)
+_SHORT_OF_MEMORY = ('out of memory', "can't allocate memory", 'alloc_failed')  # CUDA, the CPU, and cuDNN or cuBLAS
+
+
+def progress_bar(loader, description: str, enabled: bool = True) -> tqdm:
+    """Wrap a loader in a bar that shows in a terminal only; elsewhere `disable` is set, and the caller logs lines."""
+    disable = None if enabled else True
+    return tqdm(
+        watched(loader), total=len(loader), desc=description, disable=disable, leave=False, dynamic_ncols=True)
+
+
+def _to_device(
+        input: Union[torch.Tensor, Dict[str, torch.Tensor]],
+        device: torch.device,
+        dtype: Optional[torch.dtype],
+) -> Union[torch.Tensor, Dict[str, torch.Tensor]]:
+    if isinstance(input, dict):  # of a NaFlex loader: patches, where in the image they are, and numbers
+        return {k: t.to(device=device, dtype=dtype if t.is_floating_point() else None) if torch.is_tensor(t) else t
+                for k, t in input.items()}
+    return input.to(device=device, dtype=dtype)
+
+
+@torch.inference_mode()
+def evaluate(
+        model: nn.Module,
+        loader: Any,
+        evaluator: ClassificationEvaluator,
+        device: torch.device,
+        dtype: Optional[torch.dtype] = None,
+        autocast: Callable = nullcontext,
+        channels_last: bool = False,
+        description: str = 'Validate',
+        log_interval: int = 50,
+        distributed: bool = False,
+        primary: bool = True,
+        after_batch: Callable = lambda: None,
+) -> Dict[str, float]:
+    """Evaluate a model over a whole loader.
+
+    Args:
+        dtype: Type that images are converted to.
+        primary: Whether this process reports progress.
+        after_batch: Is called after every batch, and may raise.
+
+    Returns:
+        The evaluator's metrics: 'loss', 'top1' and 'top5' (percent).
+    """
+    model.eval()
+    bar = progress_bar(loader, description, primary)
+    last = len(loader) - 1
+    for i, (input, target) in enumerate(bar):
+        input, target = _to_device(input, device, dtype), target.to(device)
+        if channels_last:
+            input = input.contiguous(memory_format=torch.channels_last)
+        with autocast():
+            output = model(input)
+        if isinstance(output, (tuple, list)):
+            output = output[0]
+        evaluator.update(output, target)
+        if primary and (i == last or i % log_interval == 0):
+            line = '  '.join(f'{k} {v:.4g}' for k, v in evaluator.summary().items())
+            if bar.disable:
+                _logger.info(f'{description} [{i + 1}/{last + 1}]  so far: {line}')
+            else:
+                bar.set_postfix_str(line)
+        after_batch()
+    return evaluator.compute(distributed=distributed)
+
+
+def _open_split(
+        source: DataSource,
+        split: str,
+        names: Optional[Sequence[str]],
+        num_classes: int,
+        valid_labels: str,
+        **kwargs: Any,
+) -> Tuple[Any, Optional[List[int]]]:
+    """Open a split; returns it with the model's class of each of its labels where these are not the same.
+
+    Raises:
+        UserError: It can not be opened, or its classes are not the model's.
+    """
+    dataset = open_dataset(source, split, **kwargs)
+    check_split(dataset, source.data_dir, split, required=False)
+    classes = class_names(dataset)
+    if valid_labels:
+        valid = read_valid_labels(valid_labels, num_classes)
+        if classes and len(classes) != len(valid):
+            raise UserError(f'--valid-labels has {len(valid)} lines, the data set {len(classes)} classes.')
+        if classes and names and classes != [names[i] for i in valid]:
+            raise UserError(f'--valid-labels does not list the classes of the data set in its order, which is'
+                            f' {", ".join(classes[:5])} and so on.')
+        return dataset, valid
+    if names and classes and classes != list(names) and not source.class_map:
+        # Fewer classes than the model's would be counted from 0 again, and every label be wrong.
+        unknown = sorted(set(classes) - set(names))
+        if unknown:
+            raise UserError(f'The data set has classes that the model does not know: {", ".join(unknown[:5])}.')
+        source = replace(source, class_map={name: i for i, name in enumerate(names)})
+        dataset = open_dataset(source, split, **kwargs)
+    if classes and len(classes) > num_classes:
+        raise UserError(f'The data set has {len(classes)} classes, the model {num_classes}.')
+    return dataset, None
+
+
+def _naflex_loader(model: nn.Module, **kwargs: Any) -> Any:
+    patch_size = getattr(getattr(model, 'embeds', None), 'patch_size', None)
+    if patch_size is None:
+        raise UserError(f'--naflex-loader needs a NaFlex model (naflexvit_*), and this is a {type(model).__name__}.')
+    return create_naflex_loader(patch_size=patch_size, **kwargs)
+
+
+def _smaller_batch(error: BaseException, batch_size: int, retry: bool) -> int:
+    """Return the batch size to go on with after an error; raise what a smaller one does not help against."""
+    if not (isinstance(error, MemoryError) or any(s in str(error).lower() for s in _SHORT_OF_MEMORY)):
+        raise error
+    smaller = decay_batch_step(batch_size) if retry and check_batch_size_retry(str(error)) else 0
+    if not smaller:
+        raise UserError(f'There is too little memory for batches of {batch_size}: use a smaller --batch-size'
+                        f'{"" if retry else " or --retry"}.') from error
+    _logger.warning(f'There is too little memory for batches of {batch_size}: going on with {smaller}.')
+    return smaller
+
+
+def evaluate_model(
+        model: nn.Module,
+        source: DataSource,
+        split: str,
+        data_config: Mapping[str, Any],
+        num_classes: int,
+        class_names: Optional[Sequence[str]] = None,
+        batch_size: int = 256,
+        retry: bool = False,
+        device: Union[str, torch.device] = 'cpu',
+        dtype: torch.dtype = torch.float32,
+        autocast: Callable = nullcontext,
+        channels_last: bool = False,
+        compile: Callable[[nn.Module], nn.Module] = lambda model: model,
+        num_samples: Optional[int] = None,
+        valid_labels: str = '',
+        real_labels: str = '',
+        metrics_avg: Optional[str] = None,
+        log_interval: int = 10,
+        naflex_max_seq_len: Optional[int] = None,
+        **loader_args: Any,
+) -> Dict[str, float]:
+    """Evaluate a model on a split of a data set.
+
+    Args:
+        data_config: How images are prepared, as `timm.data.resolve_data_config` returns it.
+        class_names: Names of the model's classes; a data set with some of them keeps their labels.
+        retry: Use smaller batches where memory is short.
+        compile: Is applied to the model before every attempt, when it is on the device.
+        num_samples: Samples of the split, for iterable data sets.
+        valid_labels, real_labels, metrics_avg: See `labels`.
+        naflex_max_seq_len: Patches of an image, for a NaFlex model.
+        loader_args: Further arguments of timm's `create_loader`, or for a NaFlex model `create_naflex_loader`.
+
+    Returns:
+        'loss', 'top1' and 'top5' (percent), the number of 'images', and what `metrics_avg` adds.
+
+    Raises:
+        UserError: The data set does not fit the model, or there is too little memory.
+    """
+    device, tf_preprocessing = torch.device(device), loader_args.get('tf_preprocessing', False)
+    dataset, valid = _open_split(
+        source, split, class_names, num_classes, valid_labels, channels=data_config['input_size'][0],
+        num_samples=num_samples, load_bytes=tf_preprocessing)
+    files = [sample[0] for sample in getattr(getattr(dataset, 'reader', None), 'samples', ())]
+    if tf_preprocessing and any(isinstance(f, str) and not f.lower().endswith(('.jpg', '.jpeg')) for f in files):
+        raise UserError('--tf-preprocessing reads JPEG images only, the data set has others.')
+    loader_args.update({k: data_config[k] for k in ('interpolation', 'mean', 'std')}, device=device, img_dtype=dtype)
+    if naflex_max_seq_len is None:
+        loader_args.update({k: data_config[k] for k in ('input_size', 'crop_pct', 'crop_mode')})
+        make_loader = partial(create_loader, dataset, **loader_args)
+    else:
+        make_loader = partial(_naflex_loader, model, dataset=dataset, channels=data_config['input_size'][0],
+                              max_seq_len=naflex_max_seq_len, **loader_args)
+    model = model.eval().to(device=device, dtype=dtype)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    while True:
+        real = read_real_labels(real_labels, dataset, num_classes) if real_labels else None
+        evaluator = LabelEvaluator(device, valid, real, metrics_avg)
+        try:
+            metrics = evaluate(
+                compile(model),
+                make_loader(batch_size=batch_size),
+                evaluator,
+                device,
+                dtype=dtype,
+                autocast=autocast,
+                channels_last=channels_last,
+                log_interval=log_interval,
+            )
+            return dict(metrics, images=evaluator.num_samples)
+        except (RuntimeError, MemoryError) as e:
+            batch_size = _smaller_batch(e, batch_size, retry)
+        if device.type == 'cuda':
+            torch.cuda.empty_cache()

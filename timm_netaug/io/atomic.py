@@ -1,0 +1,33 @@
+"""Files that are complete at every moment."""
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Iterator, Union
+
+__all__ = ['atomic_write', 'flush']
+
+
+def flush(path: str) -> None:
+    """Wait until a file is on the disk."""
+    with open(path, 'rb') as f:
+        os.fsync(f.fileno())
+
+
+@contextmanager
+def atomic_write(path: Union[str, Path], mode: str = 'w') -> Iterator[IO]:
+    """Open a file beside `path` that takes its place when the block ends; after an error, `path` is as it was.
+
+    Args:
+        mode: 'w' for text, 'wb' for bytes.
+    """
+    aside = f'{path}.aside'
+    text = {} if 'b' in mode else dict(newline='', encoding='utf-8')
+    try:
+        with open(aside, mode, **text) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    finally:
+        if os.path.exists(aside):
+            os.unlink(aside)

@@ -1,0 +1,72 @@
+"""Checkpoints of `train.py`, written so that a kill leaves none torn."""
+import os
+import shutil
+from typing import Optional
+
+from timm.utils import CheckpointSaver
+
+from ..errors import UserError, first_line
+from .atomic import atomic_write, flush
+from .checkpoint import check_finite
+
+__all__ = ['AtomicSaver']
+
+
+class AtomicSaver(CheckpointSaver):
+    """timm's saver, whose `last`, `model_best` and numbered files are complete at every moment.
+
+    `last`, which a run is resumed from, is renamed when all that belongs to its epoch is on disk: a kill in between
+    lets the resumed run do that epoch again, best file and history included.
+    """
+
+    _late = ()
+
+    def save_checkpoint(self, epoch, metric=None):
+        self._late = []
+        result = super().save_checkpoint(epoch, metric)
+        for src, dst in self._late:
+            os.replace(src, dst)
+        return result
+
+    def _save(self, save_path, epoch, metric=None):
+        try:
+            super()._save(save_path, epoch, metric)
+            flush(save_path)
+        except (OSError, RuntimeError) as e:
+            if os.path.exists(save_path):
+                os.remove(save_path)
+            if isinstance(e, RuntimeError) and 'inline_container' not in str(e) and 'StreamWriter' not in str(e):
+                raise  # not what torch.save makes of a full disk
+            raise self.full(e, save_path) from e
+
+    def full(self, error: Exception, path: Optional[str] = None) -> UserError:
+        """Return the sentence for a file that can not be written."""
+        path = path or getattr(error, 'filename', None) or self.checkpoint_dir
+        last = os.path.join(self.checkpoint_dir, f'last{self.extension}')
+        again = f'go on with --resume {last}' if os.path.exists(last) else 'start again'
+        return UserError(f'{path} can not be written ({first_line(error)}): make room on the disk, and {again}. The'
+                         f' files of the epochs before are whole.')
+
+    def save_recovery(self, epoch, batch_idx=0):
+        """Save in mid-epoch, if there is anything to go on with."""
+        if self.task is not None:
+            check_finite(self.task.get_checkpoint_state()['state_dict'], 'What has been trained')
+        super().save_recovery(epoch, batch_idx)
+
+    def _replace(self, src, dst):
+        if os.path.basename(dst) == f'last{self.extension}':
+            self._late.append((src, dst))
+        else:
+            os.replace(src, dst)
+
+    def _duplicate(self, src, dst):
+        src = next((aside for aside, last in self._late if last == src), src)
+        aside = f'{dst}.aside'
+        if os.path.exists(aside):
+            os.unlink(aside)
+        try:
+            os.link(src, aside)
+            os.replace(aside, dst)
+        except (OSError, NotImplementedError):  # a file system without hard links
+            with open(src, 'rb') as f, atomic_write(dst, 'wb') as copy:
+                shutil.copyfileobj(f, copy)

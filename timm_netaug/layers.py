@@ -1,0 +1,292 @@
+"""Elastic layers: stock layers over larger tensors, of which a forward pass uses the leading slice.
+
+A layer reads as many channels as its input has. Only a dense convolution has to be told how many channels to write
+(`active_out`). So the widths of a whole network are set at its convolutions, and every other layer follows.
+
+`register_elastic` adds the elastic class of another stock layer.
+"""
+import math
+from contextlib import contextmanager
+from typing import Callable, Dict, Iterator, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, BlurPool2d, Conv2dSame, LayerScale2d, Linear
+from timm.layers.conv2d_same import conv2d_same
+from torch.nn.modules._functions import SyncBatchNorm as sync_batch_norm
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .fused_bn_relu import FUSED, batch_norm_relu
+
+__all__ = ['ELASTIC', 'PASS_STATE', 'STATE', 'Elastic', 'ElasticBatchNorm', 'ElasticConv2d', 'register_elastic',
+           'statistics_kept']
+
+PASS_STATE = ('active_out', 'augmented')  # attributes of elastic layers that a forward pass depends on
+# All attributes of elastic layers that stock layers lack.
+STATE = (*PASS_STATE, 'calls', 'frozen', 'since_sort', 'synchronised', 'tiny_in', 'tiny_width')
+
+ELASTIC: Dict[type, type] = {}  # exact type of a stock layer -> its elastic class
+
+
+class Elastic:
+    """What `augment` and `export` ask of an elastic layer."""
+    stock: type  # exact type of the layer that it stands for
+
+    @staticmethod
+    def refusal(layer: nn.Module) -> str:
+        """Say why a stock layer of this type cannot be made elastic, in words that follow 'which'. Empty if it can."""
+        return ''
+
+    @staticmethod
+    def fill(layer: nn.Module, name: str, new: torch.Tensor) -> torch.Tensor:
+        """Fill a tensor of a layer, stock or elastic, with initial values for the whole super-network.
+
+        Args:
+            name: Name of the tensor within the layer.
+            new: The tensor, with the full number of channels.
+        """
+        return new.fill_(1 if name in ('weight', 'running_var') else 0)
+
+    def fit(self) -> None:
+        """Let the attributes that hold numbers of channels follow the shapes of the tensors."""
+
+
+def register_elastic(stock: type) -> Callable[[type], type]:
+    """Register the decorated class, an `Elastic` and a subclass of the stock layer, as its elastic version.
+
+    Its `forward` must compute, with the leading slices of its tensors, what a stock layer of that width computes.
+
+    Args:
+        stock: Exact type of the stock layer. A subclass may have another forward pass, so it needs its own entry.
+    """
+    def register(elastic: type) -> type:
+        elastic.stock = stock
+        ELASTIC[stock] = elastic
+        return elastic
+    return register
+
+
+def _check_channels(layer: nn.Module, channels: int) -> None:
+    if not layer.tiny_in <= channels <= layer.weight.shape[1]:
+        raise RuntimeError(f'{type(layer).__name__} reads {layer.tiny_in} to {layer.weight.shape[1]} channels, its'
+                           f' input has {channels}.')
+
+
+class _ElasticConv(Elastic):
+    """Dense convolution, from the channels that there are to the first `active_out` output channels, or depthwise
+    convolution of the channels that there are."""
+    active_out: int
+
+    @staticmethod
+    def refusal(layer: nn.Conv2d) -> str:
+        depthwise = layer.groups == layer.in_channels == layer.out_channels
+        if layer.padding_mode == 'zeros' and (layer.groups == 1 or depthwise):
+            return ''
+        return f'has groups={layer.groups}, padding_mode={layer.padding_mode}'
+
+    @staticmethod
+    def fill(layer: nn.Module, name: str, new: torch.Tensor) -> torch.Tensor:
+        return nn.init.kaiming_uniform_(new, a=math.sqrt(5)) if name == 'weight' else new.zero_()
+
+    def _active(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor], int]:
+        """Return the active weight and bias, and the number of groups."""
+        channels, dense = x.shape[1], self.groups == 1
+        if dense:
+            _check_channels(self, channels)
+        out = self.active_out if dense else channels
+        weight = self.weight[:out, :channels] if dense else self.weight[:out]
+        return weight, None if self.bias is None else self.bias[:out], 1 if dense else channels
+
+    def fit(self) -> None:
+        dense = self.groups == 1
+        self.out_channels = self.weight.shape[0]
+        self.in_channels = self.weight.shape[1] if dense else self.out_channels
+        self.groups = 1 if dense else self.out_channels
+
+
+@register_elastic(nn.Conv2d)
+class ElasticConv2d(_ElasticConv, nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias, groups = self._active(x)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+
+
+@register_elastic(Conv2dSame)
+class ElasticConv2dSame(_ElasticConv, Conv2dSame):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias, groups = self._active(x)
+        return conv2d_same(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+
+
+class ElasticBatchNorm(Elastic):
+    """BatchNorm of the channels that there are.
+
+    In training, the running statistics of the tiny slice are written by the tiny pass alone, because the augmented
+    sub-networks see other inputs. An augmented pass writes the statistics of the channels behind the slice, so that
+    they are at hand when a sort brings these channels into the slice. After a sort the tiny network is another
+    function, so its statistics start anew: they are a mean of the batches since the sort, in which later batches have
+    larger weights, until that mean is as long as the moving average.
+
+    Attributes:
+        tiny_width: Channels of the tiny slice.
+        calls: How often a forward pass of the network calls the layer (a head that several levels share).
+        augmented: Whether the network is within an augmented pass.
+        frozen: Whether the running statistics stay as they are, because the pass repeats an earlier one.
+        since_sort: Tiny training batches since the last sort (calls of the layer), None once that no longer matters.
+        synchronised: Whether a training batch is that of all processes together.
+    """
+    tiny_width: int
+    calls = 1
+    augmented = False
+    frozen = False
+    since_sort = None
+    synchronised = False
+
+    @staticmethod
+    def refusal(layer: nn.Module) -> str:
+        return 'has no running statistics' if layer.running_mean is None else ''
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        channels = x.shape[1]
+        mean = var = None  # an augmented pass over the tiny channels alone writes no statistics
+        momentum = 0.0
+        if self.running_mean is not None and not (self.training and self.augmented and channels <= self.tiny_width):
+            mean, var = self.running_mean[:channels], self.running_var[:channels]
+            if self.training and (self.augmented or self.frozen):
+                mean, var = mean.clone(), var.clone()
+                momentum = 0.1 if self.momentum is None else self.momentum
+            elif self.training:
+                momentum = self._count_batch()
+        weight = None if self.weight is None else self.weight[:channels]
+        bias = None if self.bias is None else self.bias[:channels]
+        together = self.synchronised and self.training and torch.distributed.is_initialized()
+        processes = torch.distributed.get_world_size() if together else 1
+        limits = self._fused_limits() if self.training and processes == 1 and weight is not None else None
+        if limits is not None and bias is not None and not torch.compiler.is_compiling():
+            x = batch_norm_relu(x, weight, bias, mean, var, momentum, self.eps, *limits)
+        elif processes > 1:
+            group = torch.distributed.group.WORLD
+            x = self._activate(sync_batch_norm.apply(x, weight, bias, mean, var, self.eps, momentum, group, processes))
+        else:
+            x = self._activate(F.batch_norm(
+                x, mean, var, weight, bias, self.training or self.running_mean is None, momentum, self.eps))
+        if self.training and self.augmented and not self.frozen and mean is not None:
+            # Autograd keeps the tiny pass's statistics without using them. It would take a visible write for an error
+            # when the two losses are summed before `backward()`; `.data` makes the write invisible.
+            behind = slice(self.tiny_width, channels)
+            self.running_mean.data[behind], self.running_var.data[behind] = mean[behind], var[behind]
+        return x
+
+    def _fused_limits(self) -> Optional[Tuple[Optional[float]]]:
+        """Return the upper limit of the activation that can be computed together with the norm, in a tuple; None where
+        there is no such activation."""
+        return None
+
+    def _activate(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def _count_batch(self) -> float:
+        """Count a batch of the tiny pass and return its weight in the running statistics."""
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        if self.since_sort is None:
+            return momentum
+        self.since_sort += 1
+        # Every call in the n-th pass since the sort counts n (n + 1) / 2 times a call in the first pass.
+        n = -(-self.since_sort // self.calls)
+        before = self.calls * (n - 1) * n * (n + 1) // 6
+        this = n * (n + 1) // 2
+        mean_weight = this / (before + (self.since_sort - (n - 1) * self.calls) * this)
+        if self.momentum is not None and mean_weight <= momentum:
+            self.since_sort = None
+        return max(mean_weight, momentum)
+
+    def fit(self) -> None:
+        self.num_features = self.running_mean.shape[0] if self.weight is None else self.weight.shape[0]
+
+
+@register_elastic(nn.BatchNorm2d)
+class ElasticBatchNorm2d(ElasticBatchNorm, nn.BatchNorm2d):
+    pass
+
+
+@register_elastic(nn.BatchNorm1d)
+class ElasticBatchNorm1d(ElasticBatchNorm, nn.BatchNorm1d):
+    pass
+
+
+@register_elastic(BatchNormAct2d)
+class ElasticBatchNormAct2d(ElasticBatchNorm, BatchNormAct2d):
+    def _fused_limits(self) -> Optional[Tuple[Optional[float]]]:
+        fused = type(self.act) in FUSED and type(self.drop) is nn.Identity
+        return (FUSED[type(self.act)],) if fused else None
+
+    def _activate(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(x))
+
+
+@register_elastic(LayerScale2d)
+class ElasticLayerScale2d(Elastic, LayerScale2d):
+    @staticmethod
+    def fill(layer: nn.Module, name: str, new: torch.Tensor) -> torch.Tensor:
+        return new.fill_(layer.init_values)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gamma = self.gamma[:x.shape[1]].view(1, -1, 1, 1)
+        return x.mul_(gamma) if self.inplace else x * gamma
+
+
+@register_elastic(BlurPool2d)
+class ElasticBlurPool2d(Elastic, BlurPool2d):
+    @staticmethod
+    def fill(layer: nn.Module, name: str, new: torch.Tensor) -> torch.Tensor:
+        return new.copy_(layer.filt[:1].expand_as(new))  # the filter of every channel is the same
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        channels = x.shape[1]
+        x = F.pad(x, self.padding, mode=self.pad_mode)
+        return F.conv2d(x, self.filt[:channels], stride=self.stride, groups=channels)
+
+    def fit(self) -> None:
+        self.channels = self.filt.shape[0]
+
+
+class _ElasticLinear(Elastic):
+    """Linear layer that reads as many features as there are."""
+
+    @staticmethod
+    def fill(layer: nn.Module, name: str, new: torch.Tensor) -> torch.Tensor:
+        return nn.init.trunc_normal_(new, std=0.02) if name == 'weight' else new.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _check_channels(self, x.shape[-1])
+        # Contiguous, because autograd chooses the order of the weight gradient's sums by the strides of the weight.
+        return F.linear(x, self.weight[:, :x.shape[-1]].contiguous(), self.bias)
+
+    def fit(self) -> None:
+        self.in_features = self.weight.shape[1]
+
+
+@register_elastic(nn.Linear)
+class ElasticLinear(_ElasticLinear, nn.Linear):
+    pass
+
+
+@register_elastic(Linear)
+class ElasticTimmLinear(_ElasticLinear, Linear):
+    pass
+
+
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Let no stock BatchNorm in a module write its running statistics within the block."""
+    norms = [m for m in module.modules()
+             if isinstance(m, _BatchNorm) and not isinstance(m, Elastic) and m.training and m.track_running_stats]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

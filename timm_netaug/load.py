@@ -1,0 +1,155 @@
+"""A model from whatever a user names: a checkpoint, a file of weights, a folder, a repository, a name of timm's."""
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional
+
+import torch.nn as nn
+from timm import create_model
+from timm.data import resolve_input_data_config
+from timm.models import clean_state_dict, is_model, resolve_model_input_args
+
+from .errors import UserError, check_model_name, first_line
+from .fetch import local_name
+from .io.checkpoint import check_finite, count_classes, load_weights, read_checkpoint, read_weights
+from .io.folder import load_folder
+from .io.run import RunDescription
+
+__all__ = ['LoadedModel', 'load_model', 'read_run']
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, and what is known of it.
+
+    Args:
+        name: What the model is called in results.
+        data_config: How its input is prepared, in timm's terms.
+        class_names: Names of its classes in label order, None where they are not known.
+        run: The run of `train.py` that the weights are of, None for other weights.
+        folder: The exported folder that it was read from, None for other sources.
+    """
+    model: nn.Module
+    name: str
+    data_config: Dict[str, Any]
+    class_names: Optional[List[str]] = None
+    run: Optional[RunDescription] = None
+    folder: Optional[Path] = None
+
+    def describe(self) -> RunDescription:
+        """Return the description of the run, or for other weights that of the model alone."""
+        return self.run or RunDescription.from_model(self.model, self.data_config, self.class_names)
+
+
+def _data_config(model: nn.Module, name: str, flags: Mapping[str, Any], **kwargs: Any) -> Dict[str, Any]:
+    try:
+        return resolve_input_data_config(model, args=flags, **kwargs)
+    except (ValueError, AssertionError) as e:
+        raise UserError(f'{name} does not take such an input: {first_line(e)}.') from e
+
+
+def _create(name: str, pretrained: bool, flags: Mapping[str, Any], model_args: Mapping[str, Any]) -> nn.Module:
+    check_model_name(name)
+    source = local_name(name, weights=pretrained)
+    try:
+        return create_model(pretrained=pretrained, **resolve_model_input_args(source, flags, **model_args)).eval()
+    except Exception as e:  # whatever a constructor, a folder or the Hub find wrong
+        told = ' '.join(str(e).split())[:300].rstrip('.')
+        raise UserError(f'{name} can not be {"loaded" if pretrained else "built"}: {told}.') from e
+
+
+def read_run(path: str) -> Optional[RunDescription]:
+    """Return what a checkpoint of `train.py` says of its run, None for a file that is broken or of another kind."""
+    try:
+        return RunDescription.from_checkpoint(read_checkpoint(path))
+    except UserError:
+        return None  # reading the weights tells whether it holds any
+
+
+def _load_run(path: str, use_ema: Optional[bool], flags: Mapping[str, Any]) -> LoadedModel:
+    checkpoint = read_checkpoint(path)
+    run = RunDescription.from_checkpoint(checkpoint)
+    use_ema = run.ema if use_ema is None else use_ema
+    key = 'state_dict_ema' if use_ema else 'state_dict'
+    if key not in checkpoint:
+        raise UserError(f'{path} has no {key}: it was trained without --model-ema.')
+    try:
+        model = create_model(run.architecture, **run.model_args).eval()
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise UserError(f'{path}: its model can not be built with this version of timm: {first_line(e)}.') from e
+    load_weights(model, clean_state_dict(checkpoint[key]), path)
+    config = run.data_config
+    given = {k: v for k, v in flags.items() if v not in (None, '', {})}
+    if given:
+        own = {k: v for k, v in config.items() if k != 'input_size' or not {'img_size', 'input_size'} & set(given)}
+        config = _data_config(model, run.architecture, {**own, 'in_chans': config['input_size'][0], **given})
+    return LoadedModel(model, run.architecture, config, run.class_names, run)
+
+
+def _load_weights(
+        path: str,
+        model_name: Optional[str],
+        use_ema: bool,
+        pretrained: bool,
+        flags: Mapping[str, Any],
+        model_args: Dict[str, Any],
+) -> nn.Module:
+    state_dict = read_weights(path, use_ema)
+    if not model_name:
+        raise UserError(f'{path} is not a checkpoint of train.py and does not say which model it is of: name it with'
+                        f' --model.')
+    check_model_name(model_name)
+    if model_args.get('num_classes') is None:
+        model_args['num_classes'] = count_classes(state_dict, model_name)
+    model = _create(model_name, pretrained, flags, model_args)
+    load_weights(model, state_dict, path)
+    return model
+
+
+def _is_path(source: str) -> bool:
+    """Tell whether a user means a file, be it there or not."""
+    like_a_path = source.endswith(('.tar', '.pth', '.pt')) or os.sep in source and ':' not in source
+    return like_a_path or os.path.isfile(source)
+
+
+def load_model(
+        source: str,
+        model_name: Optional[str] = None,
+        use_ema: Optional[bool] = None,
+        pretrained: Optional[bool] = None,
+        flags: Optional[Mapping[str, Any]] = None,
+        use_test_size: bool = False,
+        **model_args: Any,
+) -> LoadedModel:
+    """Build the model that a user names.
+
+    Args:
+        source: Checkpoint of `train.py`, file of weights, exported folder, `local-dir:DIR`, `hf-hub:OWNER/NAME`, or a
+            name of timm's, such as ARCH.TAG of the weights that come with the package.
+        model_name: Architecture of a file that does not say it.
+        use_ema: Take the moving average of the weights; None: where the run's metric is that of the average.
+        pretrained: Load the pretrained weights of a name; None: where `source` is the name.
+        flags: What a command line says of the input.
+        use_test_size: Take the input size of the evaluation where a name's config has two.
+        model_args: Arguments of the constructor, where `source` does not settle them.
+
+    Raises:
+        UserError: There is no such model, or its weights are broken or of another one.
+    """
+    flags, name, folder = flags or {}, source, None
+    if os.path.isdir(source) and not is_model(source):
+        if model_name or use_ema:
+            raise UserError(f'{source} is an exported folder, which has one model: leave --model and --use-ema out.')
+        model, folder = load_folder(source, source), Path(source)
+    elif model_name or _is_path(source):
+        run = read_run(source)
+        if run is not None and model_name not in (None, '', run.architecture):
+            raise UserError(f'{source} says itself which model it is of, {run.architecture}: leave --model out.')
+        if run is not None:
+            return _load_run(source, use_ema, flags)
+        model, name = _load_weights(source, model_name, bool(use_ema), bool(pretrained), flags, model_args), model_name
+    else:
+        model = _create(source, pretrained is not False, flags, model_args)
+        check_finite(model.state_dict(), source)
+    config = _data_config(model, name, flags, use_test_size=use_test_size)
+    return LoadedModel(model, name, config, (model.pretrained_cfg or {}).get('label_names'), folder=folder)

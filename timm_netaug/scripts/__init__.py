@@ -1,1 +1,0 @@
-"""The command lines: `train` and `validate`, which `train.py` and `validate.py` of a checkout start too."""

@@ -1,0 +1,85 @@
+"""Sorting: the most important expansion channels of every block come to the front (section 3.3 of the paper)."""
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+import torch
+import torch.nn as nn
+
+from .graph import Layout
+from .layers import ElasticBatchNorm
+
+__all__ = ['importance_orders', 'permute_channels', 'to_permute']
+
+
+@torch.no_grad()
+def importance_orders(model: nn.Module, layout: Layout) -> Dict[str, torch.Tensor]:
+    """Rank the channels of every 'expand' and 'squeeze' set.
+
+    The importance of a channel is the L1 norm of the weights that read it: those of the next convolution of the block,
+    and in squeeze-excite those of the convolution that computes the gate. The convolution that squeezes reads
+    expansion channels too, but does not rank them.
+
+    Returns:
+        For channel sets by name: the old position of every channel of the super-network, in new order.
+    """
+    orders = {}
+    for c in layout.channels.values():
+        if c.kind != 'width':
+            weights = [model.get_submodule(name).weight for name in c.readers]
+            importance = sum(w.abs().sum([d for d in range(w.ndim) if d != 1]) for w in weights)
+            orders[c.name] = importance.argsort(descending=True, stable=True)
+    return orders
+
+
+@torch.no_grad()
+def permute_channels(
+        model: nn.Module,
+        layout: Layout,
+        orders: Mapping[str, torch.Tensor],
+        optimizer: Optional[torch.optim.Optimizer] = None,
+) -> None:
+    """Reorder channels in all tensors that they run along, in their gradients, and in the optimizer's state of them.
+
+    Raises:
+        ValueError: The optimizer keeps a state that can not be permuted. Nothing was changed.
+    """
+    for tensor, dims in to_permute(model, layout, orders, optimizer):
+        for dim, order in dims.items():
+            tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))
+    for module in model.modules():
+        if isinstance(module, ElasticBatchNorm):
+            module.since_sort = 0  # the tiny network is another function now
+
+
+def to_permute(
+        model: nn.Module,
+        layout: Layout,
+        orders: Mapping[str, Any],
+        optimizer: Optional[torch.optim.Optimizer],
+) -> List[Tuple[torch.Tensor, Dict[int, Any]]]:
+    """List all tensors that channel sets run along, with the orders of their axes.
+
+    Raises:
+        ValueError: The optimizer keeps a state that can not be permuted.
+    """
+    while hasattr(optimizer, '_base_optimizer'):  # timm's Lookahead
+        optimizer = optimizer._base_optimizer
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    todo = []
+    for name, axes in layout.axes.items():
+        dims = {dim: orders[c.name] for dim, c in axes.items() if c.name in orders}
+        if not dims:
+            continue
+        tensor = tensors[name]
+        todo.append((tensor, dims))
+        if tensor.grad is not None:
+            todo.append((tensor.grad, dims))
+        for key, state in (optimizer.state.get(tensor, {}) if optimizer is not None else {}).items():
+            if state is None or isinstance(state, (int, float)) or (torch.is_tensor(state) and state.numel() == 1):
+                continue
+            if not torch.is_tensor(state) or state.shape != tensor.shape:
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps a '{key}' for '{name}' that is not of its shape"
+                    f' {tuple(tensor.shape)} and can not be sorted with it. Use another optimizer or'
+                    f' NetAugTask(sort=False).')
+            todo.append((state, dims))
+    return todo
