@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import MODELS, images, make
 from test_reference import reference_names
-from timm_netaug.checkpoint import describe_run
-from timm_netaug.export import export_folder
+from timm_netaug.io.folder import export_folder
+from timm_netaug.io.run import RunDescription
 
 # Parameters and million MACs at the input size, with 1000 classes (the paper's table and the reference's layer tables).
 PUBLISHED = {
@@ -116,7 +116,7 @@ def test_features_of_trained_weights(name, kind, tmp_path):
     shipped = timm.create_model(name, pretrained=True).eval()
     want = shipped.forward_intermediates(x, intermediates_only=True)
     assert_equal_features(timm.create_model(name, **kwargs).eval()(x), want)
-    export_folder(shipped, tmp_path / 'folder', describe_run(shipped, dict(input_size=(3, 64, 64)), None))
+    export_folder(shipped, tmp_path / 'folder', RunDescription.from_model(shipped, dict(input_size=(3, 64, 64))))
     assert_equal_features(timm.create_model(f'local-dir:{tmp_path / "folder"}', **kwargs).eval()(x), want)
     names = reference_names(shipped)
     torch.save({'state_dict': {names[k]: v for k, v in shipped.state_dict().items()}}, tmp_path / 'official.pth')
@@ -207,7 +207,7 @@ def test_location_of_features(name):
 def test_pool_size_of_an_exported_folder(name, tmp_path):
     """It fits the input size of the run, which is not the registered one."""
     model = timm.create_model(name)
-    export_folder(model, tmp_path, describe_run(model, dict(input_size=(3, 96, 33)), None))
+    export_folder(model, tmp_path, RunDescription.from_model(model, dict(input_size=(3, 96, 33))))
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert again.pretrained_cfg['input_size'] == (3, 96, 33)
     assert tuple(again.pretrained_cfg['pool_size']) == (3, 2)
@@ -218,7 +218,7 @@ def test_no_pool_size_by_guess(tmp_path):
     """The stride of a model without padding does not say the size of its last map."""
     model = timm.create_model('test_efficientnet')
     model.pretrained_cfg['pool_size'] = (4, 4)  # of 160 pixels, where the stride of 32 says 5
-    export_folder(model, tmp_path, describe_run(model, dict(input_size=(3, 96, 96)), None))
+    export_folder(model, tmp_path, RunDescription.from_model(model, dict(input_size=(3, 96, 96))))
     assert timm.create_model(f'local-dir:{tmp_path}').pretrained_cfg['pool_size'] is None
 
 
