@@ -127,7 +127,7 @@ def _kib(status: str, field: str) -> int:
 
 def added_memory(args: argparse.Namespace, model: str, name: str, number: int) -> Optional[float]:
     """Return what a step adds to the memory in use at its peak, in MiB, measured in a process of its own; None where
-    that can not be told (on a CPU without Linux)."""
+    that cannot be told (on a CPU without Linux)."""
     if not args.device.startswith('cuda') and not os.path.exists('/proc/self/clear_refs'):
         return None
     # What is freed goes back to the system at once, so that the memory in use can be read off the process.

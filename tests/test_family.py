@@ -149,7 +149,7 @@ def test_refused_is_left_untouched(name):
     model = timm.create_model(name, num_classes=10)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state, types = torch.get_rng_state(), [type(m) for m in model.modules()]
-    with pytest.raises(ValueError, match='NetAug can not augment this model: module .* of type .*Supported types: '):
+    with pytest.raises(ValueError, match='NetAug cannot augment this model: module .* of type .*Supported types: '):
         augment(model)
     assert torch.equal(state, torch.get_rng_state()) and types == [type(m) for m in model.modules()]
     after = model.state_dict()

@@ -124,7 +124,7 @@ def test_other_errors_are_told_though_a_signal_came(few_digits, tmp_path, monkey
 
 
 def test_full_disk(undisturbed, few_digits, tmp_path):
-    """A file can not grow as large as a checkpoint: the run ends, and goes on where there is room again."""
+    """A file cannot grow as large as a checkpoint: the run ends, and goes on where there is room again."""
     command = [*COMMAND, '--data-dir', few_digits, '--epochs', 3, '--checkpoint-hist', 2, '--output', tmp_path,
                '--experiment', 'run']
     run = tmp_path / 'run'
@@ -133,7 +133,7 @@ def test_full_disk(undisturbed, few_digits, tmp_path):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 1
-    assert re.search(r'train.py: error: \S+tmp.pth.tar can not be written .*make room on the disk, and go on with'
+    assert re.search(r'train.py: error: \S+tmp.pth.tar cannot be written .*make room on the disk, and go on with'
                      r' --resume \S+last.pth.tar', said)
     assert 'Traceback' not in said and not (run / 'tmp.pth.tar').exists()
     assert torch.load(run / 'model_best.pth.tar', weights_only=False)['epoch'] >= 0
@@ -159,16 +159,16 @@ def test_unreadable_images(workers, few_digits, tmp_path):
     said = done.stdout + done.stderr
     for file in (files[3], files[40], files[77], broken):
         assert said.count(str(file)) == 1, said
-    assert '3 of 240 images can not be read so far' in said and epochs_done(tmp_path / 'few') == 2
+    assert '3 of 240 images cannot be read so far' in said and epochs_done(tmp_path / 'few') == 2
     done = run_python('validate.py', '--data-dir', data, '--checkpoint', tmp_path / 'few/last.pth.tar', '-j', workers)
-    assert f'1 of 71 images can not be read so far, and the next one stands in for each. New among them: {broken}' in \
+    assert f'1 of 71 images cannot be read so far, and the next one stands in for each. New among them: {broken}' in \
         done.stdout + done.stderr
     for file in files[100:111]:
         truncate(file)
     done = run_python(*command, '--experiment', 'many', check=False)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     assert re.search(
-        r'train.py: error: 1[1-4] of 240 images can not be read \(.*png.*\): mend or remove them', done.stderr)
+        r'train.py: error: 1[1-4] of 240 images cannot be read \(.*png.*\): mend or remove them', done.stderr)
     for file in files:
         truncate(file)
     for folder in (data / 'train').iterdir():  # fewer than are tried in a row

@@ -509,7 +509,8 @@ def test_numbers_written_into_the_code(channels):
     if channels is None:
         assert_exact(supernet_of(own(Pooled)))
         return
-    with pytest.raises(ValueError, match="module 'head' of type Linear, which fails in a forward pass"):
+    why = "a wider Pooled does not have .* It says: .*module 'head' of type Linear, which fails in a forward pass"
+    with pytest.raises(ValueError, match=why):
         augment(own(Pooled), CONFIG, example_input=images(2, 32))
 
 
@@ -572,7 +573,7 @@ class OwnNames(ReadsAttribute):
     (OwnNames, r'OwnNames has attributes with names that a super-network needs \(layout\)'),
 ])
 def test_code_that_knows_its_layers(kind, why):
-    with pytest.raises(ValueError, match=f'NetAug can not augment this model: .*{why}'):
+    with pytest.raises(ValueError, match=f'NetAug cannot augment this model: .*{why}'):
         augment(own(kind), CONFIG, example_input=images(2, 32))
 
 
@@ -666,6 +667,34 @@ def test_what_only_reaches_the_output_is_no_obstacle():
     supernet = supernet_of(own(Reshaped))
     assert supernet.layout.channels.keys() == supernet_of(own()).layout.channels.keys()
     assert_exact(supernet)
+
+
+class Whitened(Own):
+    """Layers that are not supported, and a stock norm, before the first convolution: no channels are lost there."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Sequential(nn.InstanceNorm2d(3), nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.GroupNorm(1, 3))
+
+    def forward(self, x):
+        return super().forward(self.before(x))
+
+
+def test_layers_on_the_image_need_no_support():
+    supernet = supernet_of(own(Whitened))
+    assert supernet.layout.channels.keys() == supernet_of(own()).layout.channels.keys()
+    assert_exact(supernet)
+
+
+def test_channels_of_a_fixed_width_are_listed():
+    class Returned(Own):
+        def forward(self, x):
+            return *super().forward(x), self.down(self.norm(self.stem(x)))
+
+    model = own(Returned)
+    fixed = supernet_of(model).layout.fixed
+    assert fixed == {'down': 'the network returns them'}
+    assert not supernet_of(own()).layout.fixed
 
 
 def test_no_classifier():

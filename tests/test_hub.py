@@ -312,7 +312,7 @@ def test_no_network(hub, checkpoint, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
     monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', 'http://127.0.0.1:9/{repo_id}/{revision}/{filename}')
     assert 'The connection to the Hub fails' in refusal('push', checkpoint, REPO)
-    assert 'can not be reached, and is not in the cache' in refusal('pull', REPO, tmp_path / 'out')
+    assert 'cannot be reached, and is not in the cache' in refusal('pull', REPO, tmp_path / 'out')
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     assert 'HF_HUB_OFFLINE is set' in refusal('push', checkpoint, REPO)
     assert hub.requests == [] and not (tmp_path / 'out').exists()
@@ -377,7 +377,7 @@ def test_pickles(hub, folder, model, tmp_path, monkeypatch):
     said = refusal('--model', 'hf-hub:owner/good', '--data-dir', '.', command=validate)
     assert 'as a pickle only' in said
     assert not any('GET' in r and r.endswith('pytorch_model.bin') for r in hub.requests)
-    assert 'can not be read as weights' in refusal('pull', 'owner/bad', 'out', '--allow-pickle')
+    assert 'cannot be read as weights' in refusal('pull', 'owner/bad', 'out', '--allow-pickle')
     assert not (tmp_path / 'exploded').exists() and not (tmp_path / 'out').exists()
     run('pull', 'owner/good', 'out', '--allow-pickle')
     assert sorted(os.listdir('out')) == ['config.json', 'model.safetensors']
@@ -460,7 +460,7 @@ def test_broken_configs(config, said, hub, tmp_path):
 def test_broken_weights(hub, folder, model, tmp_path):
     config, weights = ((folder / name).read_bytes() for name in ('config.json', 'model.safetensors'))
     hub.put(REPO, config__json=config, model__safetensors=weights[:len(weights) // 2])
-    assert 'can not be read as weights' in refusal('pull', REPO, tmp_path / 'out')
+    assert 'cannot be read as weights' in refusal('pull', REPO, tmp_path / 'out')
     broken = {k: t.clone() for k, t in model.state_dict().items()}
     broken['classifier.bias'][3] = float('nan')
     save_file(broken, folder / 'model.safetensors')
@@ -519,7 +519,7 @@ def test_convert(name, hub, tmp_path):
     torch.save({'a': torch.zeros(1)}, file)
     assert '1 in the file are not of it (a)' in refusal(file, out, '--model', name, command=convert)
     file.write_text('hello')
-    assert 'can not be read as weights' in refusal(file, out, '--model', name, command=convert)
+    assert 'cannot be read as weights' in refusal(file, out, '--model', name, command=convert)
     assert not out.exists()
 
 

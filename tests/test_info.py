@@ -141,7 +141,7 @@ def test_other_models(name, capsys):
     out = capsys.readouterr().out
     assert f'{name}, input 3 x 224 x 224, 10 classes' in out
     refused = name == 'vit_tiny_patch16_224'
-    assert ('NetAug can not augment this model' in out) == refused and ('super-network ' in out) != refused
+    assert ('NetAug cannot augment this model' in out) == refused and ('super-network ' in out) != refused
     if name == 'resnet18':  # the pooling behind the stem: 64 channels
         assert f'{64 * 112 * 112 + 64 * 56 * 56:,} bytes (980.0 KiB) at the peak, maxpool' in out
 
@@ -179,13 +179,13 @@ def test_command(tmp_path, capsys):
             (['netaug_mcunet', '--img-size', '0'], '--img-size must be at least 1, got 0.'),
             (['netaug_mcunet', '--samples', '-1'], '--samples must be at least 1'),
             (['netaug_mcunet', '--netaug-divisor', '0'], 'divisor must be a whole number'),
-            (['local-dir:none'], 'can not be built'),
+            (['local-dir:none'], 'cannot be built'),
     ):
         with pytest.raises(SystemExit) as e:
             info.main(argv)
         assert str(e.value).startswith('timm_netaug info: error: ') and told in str(e.value)
         assert '\n' not in str(e.value)
-    with pytest.raises(UserError, match='EfficientNet can not be traced with an input of 3 x 64 x 64'):
+    with pytest.raises(UserError, match='EfficientNet cannot be traced with an input of 3 x 64 x 64'):
         describe(model, (3, 64, 64))
 
 

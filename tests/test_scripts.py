@@ -125,7 +125,7 @@ def test_every_flag_is_read_or_refused():
     ('- lr', 'must map flags to values'),
     ('lr: 0.1\nlr: 0.2', "'lr' stands there twice"),
     ('batch-size: 1\nbatch_size: 2', "'batch_size' stands there twice"),
-    ('lr: [', 'Can not read the config'),
+    ('lr: [', 'Cannot read the config'),
 ])
 def test_strict_yaml(text, said, tmp_path):
     file = tmp_path / 'config.yaml'
@@ -409,15 +409,15 @@ def test_distillation_through_the_script(digits, teachers, tmp_path):
     (['--model', 'netaug_mcunet', '-b', 5000], 'fewer images than a batch'),
     (['--model', 'netaug_mcunet', '--epoch-repeats', 2], '--epoch-repeats is for iterable data sets alone'),
     (['--model', 'netaug_mcunet', '--netaug', '--netaug-every', 7], 'at most the 5 updates of an epoch here'),
-    (['--model', 'netaug_mcunet', '--opt', 'sgdd'], '--opt sgdd can not be built: Optimizer sgdd not found'),
-    (['--model', 'netaug_mcunet', '--sched', 'cosin'], "--sched cosin can not be built: Unknown scheduler 'cosin'"),
+    (['--model', 'netaug_mcunet', '--opt', 'sgdd'], '--opt sgdd cannot be built: Optimizer sgdd not found'),
+    (['--model', 'netaug_mcunet', '--sched', 'cosin'], "--sched cosin cannot be built: Unknown scheduler 'cosin'"),
     (['--model', 'netaug_mcunet', '--aa', 'v1'], '--aa v1 is no policy of timm, .*Unknown AA policy v1'),
     (['--model', 'netaug_mcunet', '--aa', 'randx-m9'], '--aa randx-m9 is no policy of timm'),
-    (['--model', 'netaug_mcunet', '--torchcompile', 'foo'], "--torchcompile foo can not be carried out: .*'foo'"),
+    (['--model', 'netaug_mcunet', '--torchcompile', 'foo'], "--torchcompile foo cannot be carried out: .*'foo'"),
     (['--model', 'netaug_mcunet', '--sync-bn'], '--sync-bn: PyTorch synchronises BatchNorm on CUDA only'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'resnet999'], 'Unknown model resnet999; the nearest name is'),
-    (['--model', 'netaug_mcunet', '--kd-model-name', 'mobilenetv2_035'], 'can not be loaded: No pretrained weights'),
-    (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:/no/such'], 'local-dir:/no/such can not be loaded'),
+    (['--model', 'netaug_mcunet', '--kd-model-name', 'mobilenetv2_035'], 'cannot be loaded: No pretrained weights'),
+    (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:/no/such'], 'local-dir:/no/such cannot be loaded'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/3'], 'is for 3 classes, the student for 10'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/vit'], 'does not take images of 3 x 32 x 32'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/letters'], 'has other classes .*a, here 0'),
@@ -446,14 +446,14 @@ def test_wrong_input_gets_one_sentence(argv, said, digits, teachers, tmp_path, c
 
 
 @pytest.mark.parametrize('flag, content, said', [
-    ('--initial-checkpoint', 'truncated.safetensors', 'truncated.safetensors can not be read as weights'),
-    ('--initial-checkpoint', 'truncated.pth', 'truncated.pth can not be read as weights'),
+    ('--initial-checkpoint', 'truncated.safetensors', 'truncated.safetensors cannot be read as weights'),
+    ('--initial-checkpoint', 'truncated.pth', 'truncated.pth cannot be read as weights'),
     ('--initial-checkpoint', 'resnet.pth', 'Missing key'),
-    ('--pretrained-path', 'truncated.safetensors', 'truncated.safetensors can not be read as weights'),
+    ('--pretrained-path', 'truncated.safetensors', 'truncated.safetensors cannot be read as weights'),
     ('--pretrained-path', 'resnet.pth', 'size mismatch for bn1.weight'),
     ('--pretrained-path', 'vit.pth', 'is of another model than test_efficientnet: 47 of its 47 tensors'),
     ('--pretrained-path', 'shallow.pth', r'is of another model than test_efficientnet: \d+ of its 47 tensors'),
-    ('--kd-model-name', 'broken', 'broken can not be loaded'),
+    ('--kd-model-name', 'broken', 'broken cannot be loaded'),
 ])
 def test_weights_to_start_from_that_are_wrong(flag, content, said, few_digits, teachers, tmp_path, monkeypatch):
     """Told before anything is trained; timm itself would start such a --pretrained-path from scratch."""

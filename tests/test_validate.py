@@ -408,7 +408,7 @@ def test_compile_options(run, small, monkeypatch):
 
 def test_compile_fails_plainly(run, small):
     for argv in (['--torchcompile', 'no-such-backend'], ['--torchcompile', '--torchcompile-mode', 'no-such-mode']):
-        with pytest.raises(UserError, match='can not be compiled.*no-such'):
+        with pytest.raises(UserError, match='cannot be compiled.*no-such'):
             run(*small, *argv)
 
 
@@ -521,7 +521,7 @@ def test_no_checkpoint(content, run, tmp_path, capsys, monkeypatch):
     file = tmp_path / 'model.pth'
     torch.save(content, file) if content != 'text' else file.write_text('hello')
     said = refused(run, capsys, monkeypatch, file, '--model', 'netaug_mbv2_tiny')
-    assert re.search('holds no weights|can not be read as weights', said[0])
+    assert re.search('holds no weights|cannot be read as weights', said[0])
     assert re.search('not a checkpoint', said[1])
 
 

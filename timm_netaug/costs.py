@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch.fx import Node
 
-from .graph import fingerprint
+from .meta import fingerprint
 
 __all__ = ['MEMORY_MODEL', 'operators']
 

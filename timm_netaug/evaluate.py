@@ -98,7 +98,7 @@ def _open_split(
     """Open a split; returns it with the model's class of each of its labels where these are not the same.
 
     Raises:
-        UserError: It can not be opened, or its classes are not the model's.
+        UserError: It cannot be opened, or its classes are not the model's.
     """
     dataset = open_dataset(source, split, **kwargs)
     check_split(dataset, source.data_dir, split, required=False)

@@ -40,7 +40,7 @@ def _sentence(error: BaseException, repo_id: str, revision: Optional[str]) -> Op
     if isinstance(error, RevisionNotFoundError):
         return f'{repo_id} has no revision {revision or "main"}: name a branch that there is with --revision'
     if isinstance(error, LocalEntryNotFoundError):
-        return f'{repo_id} can not be reached, and is not in the cache: try again with a connection to the Hub'
+        return f'{repo_id} cannot be reached, and is not in the cache: try again with a connection to the Hub'
     if isinstance(error, EntryNotFoundError):
         return f'{repo_id} holds no model, a file is missing: {first_line(error.__cause__ or error)}'
     if status == 401:
@@ -87,14 +87,14 @@ def fetch(name: str, allow_pickle: bool = False, weights: bool = True) -> Path:
         The folder, which `timm.create_model('local-dir:...')` takes.
 
     Raises:
-        UserError: It can not be fetched, or is not fit to be built.
+        UserError: It cannot be fetched, or is not fit to be built.
     """
     repo_id, _, revision = name.partition('@')
     revision = revision or None
     with hub_errors(repo_id, revision):
         size = hf_hub_download(repo_id, CONFIG, revision=revision, dry_run=True).file_size
         if size > MAX_CONFIG:
-            raise UserError(f'{name} can not be used, its {CONFIG} has {size:,} bytes.')
+            raise UserError(f'{name} cannot be used, its {CONFIG} has {size:,} bytes.')
         folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision)).parent
         model = check_config(folder, name)
         if not weights:
@@ -116,7 +116,7 @@ def fetch(name: str, allow_pickle: bool = False, weights: bool = True) -> Path:
                 ) from e
         needed = sum(t.numel() * t.element_size() for t in model.state_dict().values())
         if not needed / 8 <= size <= 4 * needed + (1 << 20):
-            raise UserError(f'{name} can not be used, its weights have {size:,} bytes, and the model that its {CONFIG}'
+            raise UserError(f'{name} cannot be used, its weights have {size:,} bytes, and the model that its {CONFIG}'
                             f' describes needs {needed:,}.')
         hf_hub_download(repo_id, file, revision=commit)
     return folder
@@ -131,5 +131,5 @@ def local_name(name: str, weights: bool = True) -> str:
     try:
         source, model_id = parse_model_name(name)
     except ValueError as e:
-        raise UserError(f'{name} can not be built: {first_line(e)}.') from e
+        raise UserError(f'{name} cannot be built: {first_line(e)}.') from e
     return f'local-dir:{fetch(model_id, weights=weights)}' if source == 'hf-hub' else name

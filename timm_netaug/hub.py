@@ -90,7 +90,7 @@ def _check_target(repo_id: str, revision: Optional[str], private: bool, architec
     """Return the commit that the push goes on from, None where the repository is still to be created.
 
     Raises:
-        UserError: The Hub can not be reached, or the repository is not one for this model.
+        UserError: The Hub cannot be reached, or the repository is not one for this model.
     """
     with hub_errors(repo_id, revision):
         try:
@@ -201,7 +201,7 @@ def pull(repo: str, out_dir: str, revision: Optional[str] = None, allow_pickle: 
         allow_pickle: Take weights that are there as a pickle only.
 
     Raises:
-        UserError: It can not be fetched, or is not fit for use.
+        UserError: It cannot be fetched, or is not fit for use.
     """
     _check_out_dir(out_dir)
     name = f'{repo}@{revision}' if revision else repo

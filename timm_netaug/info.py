@@ -31,6 +31,7 @@ def _augmented(supernet: SuperNet, rows: Sequence[Dict[str, Any]], samples: int)
     return dict(
         config=supernet.netaug_config.to_dict(),
         parameters=sum(p.numel() for p in supernet.parameters()),
+        fixed=supernet.layout.fixed,
         samples=samples,
         mean_macs_ratio=total / samples / sum(macs.values()),
     )
@@ -53,11 +54,12 @@ def describe(
     Returns:
         `architecture`, `input_size`, `num_classes`, `parameters`, `macs` (of convolutions and linear layers),
         `flash_int8_bytes`, `peak_activation_int8_bytes`, `peak_layer`, `layers` (see `costs.operators`),
-        `memory_model`, `netaug` (the super-network's `config`, `parameters`, `samples` and `mean_macs_ratio` to the
-        tiny model; None where the model can not be augmented) and `netaug_refusal` (why not).
+        `memory_model`, `netaug` (the super-network's `config`, `parameters`, `fixed` (convolutions that
+        keep their width, and why), `samples` and `mean_macs_ratio` to the
+        tiny model; None where the model cannot be augmented) and `netaug_refusal` (why not).
 
     Raises:
-        UserError: The model can not be traced with such an input.
+        UserError: The model cannot be traced with such an input.
     """
     if isinstance(model, SuperNet):
         config = config or model.netaug_config
@@ -69,7 +71,7 @@ def describe(
     try:
         rows = operators(model, input_size)
     except Exception as e:  # whatever a model's code or torch.export find wrong
-        raise UserError(f'{type(model).__name__} can not be traced with an input of {" x ".join(map(str, input_size))}'
+        raise UserError(f'{type(model).__name__} cannot be traced with an input of {" x ".join(map(str, input_size))}'
                         f' ({" ".join(str(e).split())[:200]}): try another size.') from e
     peak = max(rows, key=lambda row: row['live_bytes'])
     netaug = refusal = None

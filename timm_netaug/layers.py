@@ -7,7 +7,7 @@ A layer reads as many channels as its input has. Only a dense convolution has to
 """
 import math
 from contextlib import contextmanager
-from typing import Callable, Dict, Iterator, Optional, Tuple
+from typing import Callable, Dict, Iterator, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -47,6 +47,15 @@ class Elastic:
             new: The tensor, with the full number of channels.
         """
         return new.fill_(1 if name in ('weight', 'running_var') else 0)
+
+    def set_up(self, tiny: Mapping[str, torch.Size], calls: int) -> None:
+        """Prepare a layer for its first forward pass, after its tensors have been enlarged.
+
+        Args:
+            tiny: Shapes that its parameters and buffers had before, by name.
+            calls: How often a forward pass of the network calls the layer.
+        """
+        self.fit()
 
     def fit(self) -> None:
         """Let the attributes that hold numbers of channels follow the shapes of the tensors."""
@@ -97,6 +106,12 @@ class _ElasticConv(Elastic):
         out = self.active_out if dense else channels
         weight = self.weight[:out, :channels] if dense else self.weight[:out]
         return weight, None if self.bias is None else self.bias[:out], 1 if dense else channels
+
+    def set_up(self, tiny: Mapping[str, torch.Size], calls: int) -> None:
+        self.tiny_in = tiny['weight'][1]
+        if self.groups == 1:
+            self.active_out = tiny['weight'][0]
+        self.fit()
 
     def fit(self) -> None:
         dense = self.groups == 1
@@ -202,6 +217,12 @@ class ElasticBatchNorm(Elastic):
             self.since_sort = None
         return max(mean_weight, momentum)
 
+    def set_up(self, tiny: Mapping[str, torch.Size], calls: int) -> None:
+        self.tiny_width = next(iter(tiny.values()))[0]
+        # Attributes of the instance from now on: what is compiled looks at where an attribute is, too.
+        self.augmented, self.frozen, self.since_sort, self.calls = False, False, None, calls
+        self.fit()
+
     def fit(self) -> None:
         self.num_features = self.running_mean.shape[0] if self.weight is None else self.weight.shape[0]
 
@@ -263,6 +284,10 @@ class _ElasticLinear(Elastic):
         _check_channels(self, x.shape[-1])
         # Contiguous, because autograd chooses the order of the weight gradient's sums by the strides of the weight.
         return F.linear(x, self.weight[:, :x.shape[-1]].contiguous(), self.bias)
+
+    def set_up(self, tiny: Mapping[str, torch.Size], calls: int) -> None:
+        self.tiny_in = tiny['weight'][1]
+        self.fit()
 
     def fit(self) -> None:
         self.in_features = self.weight.shape[1]

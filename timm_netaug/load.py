@@ -55,7 +55,7 @@ def _create(name: str, pretrained: bool, flags: Mapping[str, Any], model_args: M
         return create_model(pretrained=pretrained, **resolve_model_input_args(source, flags, **model_args)).eval()
     except Exception as e:  # whatever a constructor, a folder or the Hub find wrong
         told = ' '.join(str(e).split())[:300].rstrip('.')
-        raise UserError(f'{name} can not be {"loaded" if pretrained else "built"}: {told}.') from e
+        raise UserError(f'{name} cannot be {"loaded" if pretrained else "built"}: {told}.') from e
 
 
 def read_run(path: str) -> Optional[RunDescription]:
@@ -76,7 +76,7 @@ def _load_run(path: str, use_ema: Optional[bool], flags: Mapping[str, Any]) -> L
     try:
         model = create_model(run.architecture, **run.model_args).eval()
     except (RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f'{path}: its model can not be built with this version of timm: {first_line(e)}.') from e
+        raise UserError(f'{path}: its model cannot be built with this version of timm: {first_line(e)}.') from e
     load_weights(model, clean_state_dict(checkpoint[key]), path)
     config = run.data_config
     given = {k: v for k, v in flags.items() if v not in (None, '', {})}

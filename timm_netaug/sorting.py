@@ -4,8 +4,8 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 import torch
 import torch.nn as nn
 
-from .graph import Layout
 from .layers import ElasticBatchNorm
+from .layout import Layout
 
 __all__ = ['importance_orders', 'permute_channels', 'to_permute']
 
@@ -40,7 +40,7 @@ def permute_channels(
     """Reorder channels in all tensors that they run along, in their gradients, and in the optimizer's state of them.
 
     Raises:
-        ValueError: The optimizer keeps a state that can not be permuted. Nothing was changed.
+        ValueError: The optimizer keeps a state that cannot be permuted. Nothing was changed.
     """
     for tensor, dims in to_permute(model, layout, orders, optimizer):
         for dim, order in dims.items():
@@ -59,7 +59,7 @@ def to_permute(
     """List all tensors that channel sets run along, with the orders of their axes.
 
     Raises:
-        ValueError: The optimizer keeps a state that can not be permuted.
+        ValueError: The optimizer keeps a state that cannot be permuted.
     """
     while hasattr(optimizer, '_base_optimizer'):  # timm's Lookahead
         optimizer = optimizer._base_optimizer
@@ -79,7 +79,7 @@ def to_permute(
             if not torch.is_tensor(state) or state.shape != tensor.shape:
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps a '{key}' for '{name}' that is not of its shape"
-                    f' {tuple(tensor.shape)} and can not be sorted with it. Use another optimizer or'
+                    f' {tuple(tensor.shape)} and cannot be sorted with it. Use another optimizer or'
                     f' NetAugTask(sort=False).')
             todo.append((state, dims))
     return todo

@@ -14,12 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from .config import NetAugConfig
-from .graph import Channels, Layout, shapes, to_meta, trace
+from .graph import trace
 from .layers import ELASTIC, STATE, Elastic, ElasticBatchNorm
+from .layout import Layout
+from .meta import shapes, to_meta
 from .recompute import Mixed, mixed_with, set_recomputed
 from .sorting import importance_orders, permute_channels, to_permute
 
-__all__ = ['SuperNet', 'augment', 'export', 'find_supernet', 'leading_slices']
+__all__ = ['SuperNet', 'augment', 'export', 'find_supernet']
 
 
 _CHECKED_WITH = NetAugConfig(width_mults=(1.5, 2.0, 2.5), expand_mults=(1.4, 1.9))  # every set becomes wider
@@ -138,7 +140,7 @@ class SuperNet(Mixed):
             Orders that were applied, by channel set; `permute_channels` applies them to a copy (an EMA, say).
 
         Raises:
-            ValueError: The optimizer keeps a state that can not be permuted. Nothing was changed.
+            ValueError: The optimizer keeps a state that cannot be permuted. Nothing was changed.
         """
         orders = importance_orders(self, self.layout)
         self.permute_channels(orders, optimizer)
@@ -156,7 +158,7 @@ class SuperNet(Mixed):
         """Check, once an optimizer has made a step, that its state can be sorted with the weights.
 
         Raises:
-            ValueError: It keeps a state that can not be permuted.
+            ValueError: It keeps a state that cannot be permuted.
         """
         to_permute(self, self.layout, dict.fromkeys(self.layout.channels), optimizer)
 
@@ -184,7 +186,7 @@ class SuperNet(Mixed):
                 module.augmented = False
 
     def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("A super-network's classifier can not be replaced: reset the stock model's, then augment it.")
+        raise ValueError("A super-network's classifier cannot be replaced: reset the stock model's, then augment it.")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the activations of the blocks again in the backward pass, at the widths of the forward pass."""
@@ -211,11 +213,6 @@ def _fill(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     elastic = type(layer) if isinstance(layer, Elastic) else ELASTIC[type(layer)]
     new = torch.empty_like(tensor)
     tensor.copy_(elastic.fill(layer, name.rpartition('.')[2], new))
-
-
-def leading_slices(axes: Mapping[int, Channels], widths: Mapping[str, int], ndim: int) -> tuple:
-    """Index the part of a tensor that a sub-network uses."""
-    return tuple(slice(widths[axes[dim].name]) if dim in axes else slice(None) for dim in range(ndim))
 
 
 def _rebuild(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -287,7 +284,7 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f'augment() takes the module inside a {type(model).__name__}: wrap the super-network instead.')
     taken = [name for name in _NAMES if hasattr(model, name)]
     if taken:
-        raise ValueError(f'NetAug can not augment this model: {type(model).__name__} has attributes with names that a'
+        raise ValueError(f'NetAug cannot augment this model: {type(model).__name__} has attributes with names that a'
                          f' super-network needs ({", ".join(taken)}): rename them.')
 
 
@@ -310,13 +307,17 @@ def _build(model: nn.Module, layout: Layout, config: NetAugConfig) -> SuperNet:
             memory_format=torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format,
         )
         _fill(model, name, new)
-        new[leading_slices(axes, layout.tiny, new.ndim)] = old[name]
+        new[layout.slices(name, new.ndim, layout.tiny)] = old[name]
         tensors[name] = new
 
     supernet = _rebuild(model, tensors)
     supernet.__class__ = mixed_with(SuperNet, type(model))
     for name, calls in layout.layers.items():
-        _make_elastic(supernet.get_submodule(name), layout, name, calls)
+        layer = supernet.get_submodule(name)
+        tiny = {key: old[f'{name}.{key}'.lstrip('.')].shape for key in (*layer._parameters, *layer._buffers)
+                if getattr(layer, key) is not None}
+        layer.__class__ = ELASTIC[type(layer)]
+        layer.set_up(tiny, calls)
     supernet.netaug_config, supernet.layout, supernet.max_widths = config, layout, max_widths
     supernet.set_grad_checkpointing(_take_over_checkpointing(supernet))
     return supernet
@@ -330,29 +331,17 @@ def _check_exact(supernet: SuperNet) -> None:
     """
     inputs = supernet.layout.inputs
     widths = supernet.sample_widths(torch.Generator().manual_seed(0))
-    wider = export(supernet, widths)
-    follows = trace(wider, inputs).tiny == widths and shapes(supernet, inputs) == shapes(export(supernet), inputs)
-    with supernet.active(widths):
-        follows = follows and shapes(supernet, inputs) == shapes(wider, inputs)
+    wider, why = export(supernet, widths), ''
+    try:
+        follows = trace(wider, inputs).tiny == widths and shapes(supernet, inputs) == shapes(export(supernet), inputs)
+        with supernet.active(widths):
+            follows = follows and shapes(supernet, inputs) == shapes(wider, inputs)
+    except Exception as e:  # whatever the network's own code raises
+        follows, why = False, f' It says: {e}'
     if not follows:
-        raise ValueError(f'NetAug can not augment this model: a wider {supernet.stock.__name__} does not have the'
+        raise ValueError(f'NetAug cannot augment this model: a wider {supernet.stock.__name__} does not have the'
                          f' channels that it should have, because its code contains or reads numbers of channels. Take'
-                         f' the numbers from the shapes of its activations.')
-
-
-def _make_elastic(layer: nn.Module, layout: Layout, name: str, calls: int) -> None:
-    """Turn a stock layer, whose tensors have been enlarged, into an elastic one that computes its leading slice."""
-    axes = {key: layout.axes.get(f'{name}.{key}', {}) for key in ('weight', 'running_mean')}
-    layer.__class__ = ELASTIC[type(layer)]
-    if isinstance(layer, ElasticBatchNorm):
-        layer.tiny_width = axes['running_mean'][0].base if axes['running_mean'] else layer.num_features
-        # Attributes of the instance from now on: what is compiled looks at where an attribute is, too.
-        layer.augmented, layer.frozen, layer.since_sort, layer.calls = False, False, None, calls
-    if getattr(layer, 'groups', 0) == 1:
-        layer.active_out = axes['weight'][0].base if 0 in axes['weight'] else layer.weight.shape[0]
-    if 'weight' in layer._parameters and layer.weight is not None and layer.weight.ndim > 1:
-        layer.tiny_in = axes['weight'][1].base if 1 in axes['weight'] else layer.weight.shape[1]
-    layer.fit()
+                         f' the numbers from the shapes of its activations.{why}')
 
 
 def _take_over_checkpointing(supernet: nn.Module) -> bool:
@@ -400,7 +389,7 @@ def export(module: nn.Module, widths: Optional[Mapping[str, int]] = None) -> nn.
     layout = supernet.layout
     widths = layout.tiny if widths is None else supernet.check_widths(widths)
     tensors = {
-        key: tensor[leading_slices(layout.axes[key], widths, tensor.ndim)].clone()
+        key: tensor[layout.slices(key, tensor.ndim, widths)].clone()
         for key, tensor in [*supernet.named_parameters(), *supernet.named_buffers()] if key in layout.axes
     }
     model = _rebuild(supernet, tensors)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from .config import NetAugTraining, split_fields
 from .early_backward import can_take_gradient, take_gradient
 from .layers import statistics_kept
-from .supernet import SuperNet, export, find_supernet, leading_slices
+from .supernet import SuperNet, export, find_supernet
 
 __all__ = ['NetAugTask', 'distillation_loss', 'step_generator']
 
@@ -188,7 +188,7 @@ class NetAugTask(ClassificationTask):
         """Check, once the optimizer has made a step, that the schedule will be able to sort its state.
 
         Raises:
-            ValueError: It keeps a state that can not be sorted.
+            ValueError: It keeps a state that cannot be sorted.
         """
         if self.training_config.sort and self.training_config.stop_width_at > 0:
             self.supernet.check_optimizer(optimizer)
@@ -265,7 +265,7 @@ class NetAugTask(ClassificationTask):
     def _take_gradient(self, loss: torch.Tensor) -> torch.Tensor:
         layout, slices = self.supernet.layout, {}
         for name, p in self.supernet.named_parameters():
-            slices[p] = leading_slices(layout.axes.get(name, {}), layout.tiny, p.ndim)
+            slices[p] = layout.slices(name, p.ndim, layout.tiny)
         return take_gradient(loss, [p for p in self.network.parameters() if p.requires_grad], slices)
 
     def _loss(self, output: Any, target: Any, teacher_output: Any) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:

@@ -353,7 +353,7 @@ def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
         with open(path, encoding='utf-8') as f:
             config = yaml.load(f, _UniqueKeys) or {}
     except (OSError, yaml.YAMLError) as e:
-        raise UserError(f'Can not read the config {path}: {" ".join(str(e).split())}') from e
+        raise UserError(f'Cannot read the config {path}: {" ".join(str(e).split())}') from e
     if not isinstance(config, dict):
         raise UserError(f'The config {path} must map flags to values, it is a {type(config).__name__}.')
     actions = {a.dest: a for a in parser._actions if a.dest not in ('help', 'config')}
@@ -478,7 +478,7 @@ _REFUSED_WITH_NETAUG = {
 _NOT_TOGETHER = (
     ('torchscript', 'torchcompile', 'they are two compilers'),
     ('torchscript', 'grad_checkpointing', 'a scripted model does not checkpoint'),
-    ('torchscript', 'sync_bn', 'a scripted model can not synchronise'),
+    ('torchscript', 'sync_bn', 'a scripted model cannot synchronise'),
     ('torchscript', 'kd_model_name', 'distillation needs the model as it is'),
     ('sync_bn', 'split_bn', 'the split norms would be lost'),
     ('netaug_batch_fraction', 'resplit', 'the first part of the batch is not erased'),

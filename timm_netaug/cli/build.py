@@ -95,7 +95,7 @@ def set_up_model(args) -> nn.Module:
         raise UserError(f'{args.model} does not take one of the arguments given: {e}.') from e
     except (FileNotFoundError, RuntimeError, ValueError, AssertionError) as e:
         hint = ' (--pretrained-path takes weights with another classifier, or of the reference implementation.)'
-        raise UserError(f'{args.model} can not be built: {" ".join(str(e).split())[:300]}'
+        raise UserError(f'{args.model} cannot be built: {" ".join(str(e).split())[:300]}'
                         + (hint if args.initial_checkpoint else '')) from e
     if args.pretrained_path:
         _check_given(args, model)
@@ -154,7 +154,7 @@ def to_train(args, model: nn.Module, config: Optional[Tuple[Any, Any]], device, 
         try:
             model = torch.jit.script(model)
         except Exception as e:  # of its compiler, of many types
-            raise UserError(f'--torchscript: {args.model} can not be scripted: {first_line(e)[:200]}.') from e
+            raise UserError(f'--torchscript: {args.model} cannot be scripted: {first_line(e)[:200]}.') from e
     return model
 
 

@@ -28,6 +28,9 @@ def _report(info: Dict[str, Any], layers: bool) -> str:
     if info['netaug']:
         lines += ['super-network      {parameters:,} parameters; its samples have {mean_macs_ratio:.1f} x the MACs'
                   ' (mean of {samples})'.format(**info['netaug'])]
+        if info['netaug']['fixed']:
+            name, why = next(iter(info['netaug']['fixed'].items()))
+            lines += [f'not augmented      {len(info["netaug"]["fixed"])} convolutions; {name}: {why}']
     if layers:
         table = '{:{width}}  {:>15}  {:>13}  {:>12}  {:>10}'.format
         width = max(len(row['name']) for row in info['layers'])

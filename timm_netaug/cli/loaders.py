@@ -89,7 +89,7 @@ def set_up_loaders(args, data_config: Dict[str, Any], device: torch.device, dtyp
         pin_memory=args.pin_mem,
         device=device,
         img_dtype=dtype,
-        # Workers that live on would draw on where the last epoch ended, which a resumed run can not know.
+        # Workers that live on would draw on where the last epoch ended, which a resumed run cannot know.
         persistent_workers=False,
     )
     try:
@@ -131,7 +131,7 @@ def set_up_loaders(args, data_config: Dict[str, Any], device: torch.device, dtyp
             **common,
         )
     except (AssertionError, ValueError, TypeError) as e:
-        raise UserError(f'The loaders can not be built: {e}') from e
+        raise UserError(f'The loaders cannot be built: {e}') from e
     if not len(loader_train):
         raise UserError(f'The train split has fewer images than a batch ({args.batch_size}): use a smaller -b.')
     return loader_train, loader_eval, mixup_fn, names

@@ -66,7 +66,7 @@ def set_up_device(args) -> torch.device:
             importlib.import_module(name)
         return join_processes(args)
     except (ImportError, RuntimeError, AssertionError) as e:
-        raise UserError(f'--device {args.device} can not be used: {str(e).splitlines()[0]}') from e
+        raise UserError(f'--device {args.device} cannot be used: {str(e).splitlines()[0]}') from e
 
 
 def set_up_lr(args) -> None:
@@ -267,7 +267,7 @@ def set_up_optimizer(args, task: TrainingTask) -> torch.optim.Optimizer:
     try:
         return create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     except (ValueError, TypeError, AssertionError) as e:
-        raise UserError(f'--opt {args.opt} can not be built: {e}') from e
+        raise UserError(f'--opt {args.opt} cannot be built: {e}') from e
 
 
 def resume_training(args, task: TrainingTask, optimizer: torch.optim.Optimizer, loss_scaler) -> Optional[int]:
@@ -298,7 +298,7 @@ def set_up_schedule(args, optimizer: torch.optim.Optimizer, updates_per_epoch: i
             updates_per_epoch=updates_per_epoch,
         )
     except (ValueError, AssertionError) as e:
-        raise UserError(f'--sched {args.sched} can not be built: {e}') from e
+        raise UserError(f'--sched {args.sched} cannot be built: {e}') from e
     if lr_scheduler is not None and start_epoch > 0:
         if args.sched_on_updates:
             lr_scheduler.step_update(start_epoch * updates_per_epoch)
@@ -343,7 +343,7 @@ def train() -> None:
     """Train as the command line says.
 
     Raises:
-        UserError: It can not be done as it stands; the message says what to change.
+        UserError: It cannot be done as it stands; the message says what to change.
     """
     setup_default_logging()
     logging.getLogger('timm').setLevel(logging.WARNING)
@@ -369,7 +369,7 @@ def train() -> None:
     try:
         data_config = resolve_input_data_config(model, args=vars(args))
     except (ValueError, AssertionError) as e:
-        raise UserError(f'The input can not be set up: {e}') from e
+        raise UserError(f'The input cannot be set up: {e}') from e
     loader_train, loader_eval, mixup_fn, names = set_up_loaders(args, data_config, device, dtype)
     run = RunDescription.from_model(
         model,
@@ -410,7 +410,7 @@ def train() -> None:
             task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
             task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
         except RuntimeError as e:
-            raise UserError(f'--torchcompile {args.torchcompile} can not be carried out: {first_line(e)}.') from e
+            raise UserError(f'--torchcompile {args.torchcompile} cannot be carried out: {first_line(e)}.') from e
     if args.distributed:
         ddp_kwargs = dict(broadcast_buffers=False) if args.no_ddp_bb and not args.netaug else {}
         task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None, **ddp_kwargs)

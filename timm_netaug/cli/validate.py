@@ -56,7 +56,7 @@ def compile_model(model: nn.Module, args: argparse.Namespace) -> nn.Module:
             from functorch.compile import memory_efficient_fusion  # imports much that nothing else needs
             model = _FixedBatch(memory_efficient_fusion(model))
     except (ImportError, RuntimeError) as e:
-        raise UserError(f'The model can not be compiled: {first_line(e)}.') from e
+        raise UserError(f'The model cannot be compiled: {first_line(e)}.') from e
     return nn.DataParallel(model, device_ids=list(range(args.num_gpu))) if args.num_gpu > 1 else model
 
 
@@ -70,7 +70,7 @@ def validate_one(args: argparse.Namespace, parser: argparse.ArgumentParser, retr
         The row of results: timm's columns, the loss and the number of images.
 
     Raises:
-        UserError: It can not be done as it stands; the message says what to change.
+        UserError: It cannot be done as it stands; the message says what to change.
     """
     random_seed(args.seed, 0)
     with set_scriptable(args.torchscript):
@@ -187,7 +187,7 @@ def validate() -> None:
     """Evaluate as the command line says.
 
     Raises:
-        UserError: It can not be done as it stands; the message says what to change.
+        UserError: It cannot be done as it stands; the message says what to change.
     """
     setup_default_logging()
     logging.getLogger('timm').setLevel(logging.WARNING)

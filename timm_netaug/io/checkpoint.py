@@ -45,7 +45,7 @@ def read_weights(path: str, use_ema: bool = False) -> Dict[str, Any]:
         state_dict = load_state_dict(path, use_ema=use_ema)
     except Exception as e:  # whatever torch, pickle or safetensors find wrong in a file
         raise UserError(
-            f'{path} can not be read as weights, it is truncated or not a checkpoint: {first_line(e)}.') from e
+            f'{path} cannot be read as weights, it is truncated or not a checkpoint: {first_line(e)}.') from e
     if not any(isinstance(t, torch.Tensor) for t in state_dict.values()):
         raise UserError(f'{path} holds no weights, it is not a checkpoint.')
     # timm takes the plain weights where there are no others.

@@ -34,7 +34,7 @@ class DataSource:
 
 
 class WatchedImages(ImageDataset):
-    """Image files, where the next one stands in for one that can not be read.
+    """Image files, where the next one stands in for one that cannot be read.
 
     Which these are is noted in a file, since the loader's processes find them.
     """
@@ -66,7 +66,7 @@ class WatchedImages(ImageDataset):
                     f.write(f'{self.filename(index, absolute=True)}\n')
                 index = (index + 1) % len(self)
         else:
-            raise RuntimeError(f'{self.limit + 1} images in a row can not be read.')
+            raise RuntimeError(f'{self.limit + 1} images in a row cannot be read.')
         return (image if self.transform is None else self.transform(image), *rest)
 
     def _read(self, index: int) -> Any:
@@ -92,10 +92,10 @@ class WatchedImages(ImageDataset):
         self.unreadable |= new
         files = ', '.join(sorted(new)[:5]) + (' ...' if len(new) > 5 else '')
         if len(self.unreadable) > self.limit:
-            raise UserError(f'{len(self.unreadable)} of {len(self)} images can not be read ({files}): mend or remove'
+            raise UserError(f'{len(self.unreadable)} of {len(self)} images cannot be read ({files}): mend or remove'
                             f' them.')
         if new:
-            _logger.warning(f'{len(self.unreadable)} of {len(self)} images can not be read so far, and the next one'
+            _logger.warning(f'{len(self.unreadable)} of {len(self)} images cannot be read so far, and the next one'
                             f' stands in for each. New among them: {files}')
 
 
@@ -105,7 +105,7 @@ def _remove(path: str) -> None:
 
 
 def watched(loader: Any) -> Iterator[Any]:
-    """Yield the batches of a loader, and tell of images that can not be read.
+    """Yield the batches of a loader, and tell of images that cannot be read.
 
     Raises:
         UserError: There are too many of them.
@@ -120,7 +120,7 @@ def watched(loader: Any) -> Iterator[Any]:
             yield batch
     except RuntimeError as e:  # of a loader's process, which has noted what it was about
         check()
-        if 'images in a row can not be read' in str(e):
+        if 'images in a row cannot be read' in str(e):
             raise UserError(f'No image can be read ({", ".join(sorted(dataset.unreadable)[:5])}): mend them.') from e
         raise
 
@@ -139,7 +139,7 @@ def open_dataset(source: DataSource, split: str, channels: int, **kwargs: Any) -
         kwargs: Further arguments of timm's create_dataset().
 
     Raises:
-        UserError: Its type is none of timm's (which would take it for a folder of images), or it can not be opened.
+        UserError: Its type is none of timm's (which would take it for a folder of images), or it cannot be opened.
     """
     name, root = source.dataset, source.data_dir
     if '/' in name and name.split('/')[0].lower() not in _PREFIXES:
@@ -160,7 +160,7 @@ def open_dataset(source: DataSource, split: str, channels: int, **kwargs: Any) -
             **kwargs,
         )
     except (RuntimeError, FileNotFoundError, AssertionError) as e:
-        raise UserError(f'The data set can not be opened: {e}') from e
+        raise UserError(f'The data set cannot be opened: {e}') from e
     if type(dataset) is ImageDataset:
         WatchedImages.watch(dataset)
     return dataset

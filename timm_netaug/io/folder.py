@@ -124,7 +124,7 @@ def check_config(folder: Path, source: str) -> nn.Module:
         raise UserError(f'{source} has no {CONFIG}: it is not a folder of the export.') from e
     except Exception as e:  # whatever json, timm or a model's constructor find wrong
         raise UserError(
-            f'{source} can not be used, its {CONFIG} is not one of a timm model: {first_line(e)[:300]}.') from e
+            f'{source} cannot be used, its {CONFIG} is not one of a timm model: {first_line(e)[:300]}.') from e
     return model
 
 

@@ -40,11 +40,11 @@ class AtomicSaver(CheckpointSaver):
             raise self.full(e, save_path) from e
 
     def full(self, error: Exception, path: Optional[str] = None) -> UserError:
-        """Return the sentence for a file that can not be written."""
+        """Return the sentence for a file that cannot be written."""
         path = path or getattr(error, 'filename', None) or self.checkpoint_dir
         last = os.path.join(self.checkpoint_dir, f'last{self.extension}')
         again = f'go on with --resume {last}' if os.path.exists(last) else 'start again'
-        return UserError(f'{path} can not be written ({first_line(error)}): make room on the disk, and {again}. The'
+        return UserError(f'{path} cannot be written ({first_line(error)}): make room on the disk, and {again}. The'
                          f' files of the epochs before are whole.')
 
     def save_recovery(self, epoch, batch_idx=0):

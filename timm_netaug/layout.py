@@ -1,0 +1,89 @@
+"""The channels of a network that may be widened: all that augmenting, sampling, sorting and exporting need to know.
+
+`graph.trace` finds the layout of a network.
+"""
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+
+__all__ = ['Channels', 'Layout']
+
+
+@dataclass
+class Channels:
+    """A set of channels that all its writers and readers share.
+
+    Args:
+        name: The convolution that writes them first: the key of this set in a dict of widths.
+        base: Their number in the tiny model.
+        kind: 'expand': all convolutions that write or read them lie in one block; 'squeeze': the channels between the
+            two convolutions of squeeze-excite; 'width': all others (stem, block outputs, head).
+        source: The channels that their number follows: the block's input for 'expand', the excited ones for 'squeeze'.
+        writers: Names of the convolutions that write them; more than one where additions or products tie channels.
+        readers: Names of the layers whose weights rank them, for 'expand' and 'squeeze'.
+    """
+    name: str
+    base: int
+    kind: str = 'width'
+    source: Optional['Channels'] = None
+    writers: List[str] = field(default_factory=list)
+    readers: List[str] = field(default_factory=list)
+
+
+@dataclass
+class Layout:
+    """The channels of a network in forward order, and the axes that they run along.
+
+    Args:
+        channels: Channel sets by name, each behind the one that it follows.
+        axes: Names of parameters and buffers -> the channel set along each augmented axis.
+        layers: Names of the layers that become elastic, with the number of calls in a forward pass.
+        blocks: Names of the blocks: the innermost modules that hold at least two convolutions.
+        fixed: Convolutions whose channels keep their number although a layer reads them -> why.
+        inputs: Arguments of the forward pass, on the meta device.
+        checked: Whether wider networks of this kind have been found to be exact.
+    """
+    channels: Dict[str, Channels]
+    axes: Dict[str, Dict[int, Channels]]
+    layers: Dict[str, int]
+    blocks: List[str]
+    fixed: Dict[str, str]
+    inputs: Tuple[Any, ...] = field(compare=False)
+    checked: bool = False
+
+    def widths(
+            self,
+            width_mult: Callable[[Channels], float],
+            expand_mult: Callable[[Channels], float],
+            divisor: int = 1,
+            full: Optional[Mapping[str, int]] = None,
+    ) -> Dict[str, int]:
+        """Work out the number of active channels of every set (section 3.2 of the paper).
+
+        Args:
+            width_mult: Gives the multiplier of a 'width' set, `expand_mult` that of an 'expand' set.
+            divisor: Widths other than the stored ones are rounded to the nearest multiple of it.
+            full: Widths of the whole super-network, None to work these out. Squeezed channels keep their proportion, as
+                in the reference implementation.
+        """
+        widths: Dict[str, int] = {}
+        for c in self.channels.values():
+            mult = width_mult(c) if c.kind == 'width' else expand_mult(c) if c.kind == 'expand' else 1.0
+            source = widths[c.source.name] if c.source else None
+            if mult == 1 and (source is None or source == c.source.base):
+                widths[c.name] = c.base  # the stored width, however the model once rounded it
+                continue
+            wanted = mult * (c.base if source is None else source * c.base / c.source.base)
+            if c.kind == 'squeeze' and full:
+                wanted = source / (full[c.source.name] / full[c.name])
+            widths[c.name] = max(c.base, int(wanted / divisor + 0.5) * divisor)
+        return widths
+
+    @property
+    def tiny(self) -> Dict[str, int]:
+        """Widths of the tiny model."""
+        return {name: c.base for name, c in self.channels.items()}
+
+    def slices(self, name: str, ndim: int, widths: Mapping[str, int]) -> tuple:
+        """Index the part of a parameter or buffer that the sub-network of the given widths uses."""
+        axes = self.axes.get(name, {})
+        return tuple(slice(widths[axes[dim].name]) if dim in axes else slice(None) for dim in range(ndim))
