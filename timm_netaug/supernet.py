@@ -24,7 +24,7 @@ from .sorting import importance_orders, permute_channels, to_permute
 __all__ = ['SuperNet', 'augment', 'export', 'find_supernet']
 
 
-_CHECKED_WITH = NetAugConfig(width_mults=(1.5, 2.0, 2.5), expand_mults=(1.4, 1.9))  # every set becomes wider
+_CHECKED_WITH = NetAugConfig(width_mults=(1.5, 2.5), expand_mults=(1.5, 2.0))
 _WRAPPERS = (nn.DataParallel, DistributedDataParallel, torch.jit.ScriptModule, OptimizedModule)
 
 
@@ -326,14 +326,16 @@ def _build(model: nn.Module, layout: Layout, config: NetAugConfig) -> SuperNet:
 def _check_exact(supernet: SuperNet) -> None:
     """Refuse a network that does not follow its widths, because its code reads or contains numbers of channels.
 
-    The tiny network and a wider sub-network must have the shapes, call by call, of the stock networks of these widths,
-    and the channels of the wider stock network must be those of the layout.
+    A sub-network that is everywhere wider than the tiny one, and narrower than the super-network, must have the shapes,
+    call by call, of the stock network of its widths, whose channels must be those of the layout.
     """
-    inputs = supernet.layout.inputs
-    widths = supernet.sample_widths(torch.Generator().manual_seed(0))
+    layout, inputs = supernet.layout, supernet.layout.inputs
+    widths = layout.widths(
+        lambda c: supernet.netaug_config.width_mults[0], lambda c: supernet.netaug_config.expand_mults[0], 1,
+        supernet.max_widths)
     wider, why = export(supernet, widths), ''
     try:
-        follows = trace(wider, inputs).tiny == widths and shapes(supernet, inputs) == shapes(export(supernet), inputs)
+        follows = trace(wider, inputs).tiny == widths
         with supernet.active(widths):
             follows = follows and shapes(supernet, inputs) == shapes(wider, inputs)
     except Exception as e:  # whatever the network's own code raises
