@@ -2,7 +2,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 __all__ = ['NetAugConfig', 'NetAugTraining', 'register_defaults', 'split_fields']
 
@@ -59,6 +59,9 @@ class NetAugConfig(_Fields):
             None stands for the model's default: the paper's for the five `netaug_*` models, 1 1.8 2.6 elsewhere.
         expand_mults: Multipliers that the expansion ratio of every block is drawn from, None as above (1 1.6 2.2 2.8).
         divisor: Augmented widths are rounded to the nearest multiple of it. The reference uses 1.
+        from_stage: Number of the first stage that is augmented, or name of a module that the network branches before.
+            What lies before it, the trunk, is computed once for the tiny and the augmented pass. 0: the whole network
+            is augmented, as in the paper.
 
     Raises:
         ValueError: A field is out of its range.
@@ -66,6 +69,7 @@ class NetAugConfig(_Fields):
     width_mults: Optional[Tuple[float, ...]] = None
     expand_mults: Optional[Tuple[float, ...]] = None
     divisor: int = 1
+    from_stage: Union[int, str] = 0
 
     def __post_init__(self):
         for name in _DEFAULTS:
@@ -76,6 +80,9 @@ class NetAugConfig(_Fields):
             self._check(name, valid, 'must be a non-empty list of numbers of at least 1')
             object.__setattr__(self, name, tuple(float(m) for m in mults))
         self._check_whole('divisor')
+        stage = self.from_stage
+        valid = bool(stage) if isinstance(stage, str) else type(stage) is int and stage >= 0
+        self._check('from_stage', valid, 'must be the number of a stage, from 0, or the name of a module')
 
     def resolve(self, architecture: str) -> 'NetAugConfig':
         """Return the configuration with the defaults of a model, by its timm architecture name, filled in."""

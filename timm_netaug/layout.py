@@ -2,8 +2,8 @@
 
 `graph.trace` finds the layout of a network.
 """
-from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 __all__ = ['Channels', 'Layout']
 
@@ -87,3 +87,17 @@ class Layout:
         """Index the part of a parameter or buffer that the sub-network of the given widths uses."""
         axes = self.axes.get(name, {})
         return tuple(slice(widths[axes[dim].name]) if dim in axes else slice(None) for dim in range(ndim))
+
+    def after(self, trunk: Sequence[str]) -> 'Layout':
+        """Return the layout without the channels that are written in a trunk.
+
+        Args:
+            trunk: Names of modules.
+        """
+        channels: Dict[str, Channels] = {}
+        for name, c in self.channels.items():
+            if not any(f'{writer}.'.startswith(f'{module}.') for writer in c.writers for module in trunk):
+                channels[name] = replace(c, source=channels.get(c.source.name) if c.source else None)
+        axes = {name: {dim: channels[c.name] for dim, c in of.items() if c.name in channels}
+                for name, of in self.axes.items()}
+        return replace(self, channels=channels, axes=axes)

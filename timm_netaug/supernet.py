@@ -4,7 +4,7 @@
 """
 import copy
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -20,6 +20,7 @@ from .layout import Layout
 from .meta import shapes, to_meta
 from .recompute import Mixed, mixed_with, set_recomputed
 from .sorting import importance_orders, permute_channels, to_permute
+from .trunk import SharedTrunk, find_trunk
 
 __all__ = ['SuperNet', 'augment', 'export', 'find_supernet']
 
@@ -35,10 +36,12 @@ class SuperNet(Mixed):
         netaug_config: The resolved `NetAugConfig`.
         layout: The channels that can be augmented (see `graph.Layout`).
         max_widths: Channels of every set in the whole super-network, by name.
+        trunk: What lies before the branch of `NetAugConfig.from_stage`.
     """
     netaug_config: NetAugConfig
     layout: Layout
     max_widths: Dict[str, int]
+    trunk: SharedTrunk
 
     def sample_widths(self, generator: torch.Generator, expand_only: bool = False) -> Dict[str, int]:
         """Draw the widths of an augmented sub-network (section 3.2 of the paper).
@@ -80,7 +83,8 @@ class SuperNet(Mixed):
         try:
             for layer, (attribute, value) in state.items():
                 setattr(layer, attribute, value)
-            yield widths
+            with self.trunk.recalled(self):
+                yield widths
         finally:
             for layer, value in before.items():
                 setattr(layer, state[layer][0], value)
@@ -91,6 +95,19 @@ class SuperNet(Mixed):
         `sample_widths` for the arguments."""
         with self.active(self.sample_widths(generator, expand_only)) as widths:
             yield widths
+
+    @contextmanager
+    def shared_trunk(self, cut: bool = False) -> Iterator[SharedTrunk]:
+        """Compute the trunk once within the block: an augmented pass goes on from what the tiny pass computed, for its
+        leading images if it sees fewer. The tiny pass comes first, and once. Without `NetAugConfig.from_stage` there is
+        no trunk, and nothing is shared.
+
+        Args:
+            cut: Let the tiny pass go on from a copy of the crossing activation that has no graph, so that its gradient
+                can be taken at once (see `early_backward`); the yielded trunk has both in `crossing`.
+        """
+        with self.trunk.opened(cut):
+            yield self.trunk
 
     def check_widths(self, widths: Mapping[str, int]) -> Dict[str, int]:
         """Return widths as a dict in forward order.
@@ -270,7 +287,9 @@ def augment(model: nn.Module, config: Optional[NetAugConfig] = None, *, example_
         _check_exact(_build(to_meta(model), layout, _CHECKED_WITH))
         layout.checked = True
     architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', '')
-    return _build(model, layout, (config or NetAugConfig()).resolve(architecture))
+    config = (config or NetAugConfig()).resolve(architecture)
+    trunk = find_trunk(model, layout.inputs, config.from_stage)
+    return _build(model, layout.after(trunk), config, trunk)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -288,7 +307,7 @@ def _check_model(model: nn.Module) -> None:
                          f' super-network needs ({", ".join(taken)}): rename them.')
 
 
-def _build(model: nn.Module, layout: Layout, config: NetAugConfig) -> SuperNet:
+def _build(model: nn.Module, layout: Layout, config: NetAugConfig, trunk: Sequence[str] = ()) -> SuperNet:
     """Copy a model into a super-network."""
     max_widths = layout.widths(
         lambda c: max(config.width_mults), lambda c: max(config.expand_mults), config.divisor)
@@ -319,6 +338,8 @@ def _build(model: nn.Module, layout: Layout, config: NetAugConfig) -> SuperNet:
         layer.__class__ = ELASTIC[type(layer)]
         layer.set_up(tiny, calls)
     supernet.netaug_config, supernet.layout, supernet.max_widths = config, layout, max_widths
+    supernet.trunk = SharedTrunk(trunk)
+    supernet.trunk.watch(supernet)
     supernet.set_grad_checkpointing(_take_over_checkpointing(supernet))
     return supernet
 
@@ -396,7 +417,8 @@ def export(module: nn.Module, widths: Optional[Mapping[str, int]] = None) -> nn.
     }
     model = _rebuild(supernet, tensors)
     model.set_grad_checkpointing(False)
-    for attribute in ('netaug_config', 'layout', 'max_widths'):
+    model.trunk.unwatch(model)
+    for attribute in SuperNet.__annotations__:
         del model.__dict__[attribute]
     for key in layout.layers:
         layer = model.get_submodule(key)

@@ -15,6 +15,7 @@ from .config import NetAugTraining, split_fields
 from .early_backward import can_take_gradient, take_gradient
 from .layers import statistics_kept
 from .supernet import SuperNet, export, find_supernet
+from .trunk import SharedTrunk
 
 __all__ = ['NetAugTask', 'distillation_loss', 'step_generator']
 
@@ -233,16 +234,20 @@ class NetAugTask(ClassificationTask):
             with torch.no_grad():
                 teacher_output = self.teacher(
                     self.teacher.normalize_input(input, self.student_mean, self.student_std))
+        is_augmented = step % config.every == 0
+        early = is_augmented and self.early_backward and not config.distill and can_take_gradient(
+            self.trainable_module, (input, target, list(getattr(self.criterion, 'parameters', list)())))
         # Compiled code would be compiled anew for every weight that a batch after a sort has in BatchNorm's statistics.
         eager = self._compiled and supernet.batches_since_sort is not None
-        with torch.compiler.set_stance('force_eager') if eager else nullcontext():
-            output = self.trainable_module(input)
-        loss, parts = self._loss(output, target, teacher_output)
-        result = dict(output=output, tiny_loss=loss.detach(), **parts)
-        if step % config.every == 0:
-            if self.early_backward and not config.distill and can_take_gradient(
-                    self.trainable_module, loss, (input, target, list(getattr(self.criterion, 'parameters', list)()))):
-                loss = self._take_gradient(loss)
+        with supernet.shared_trunk(cut=early) if is_augmented else nullcontext() as trunk:
+            with torch.compiler.set_stance('force_eager') if eager else nullcontext():
+                output = self.trainable_module(input)
+            loss, parts = self._loss(output, target, teacher_output)
+            result = dict(output=output, tiny_loss=loss.detach(), **parts)
+            if not is_augmented:
+                return dict(loss=loss, **result)
+            if early and loss.requires_grad:
+                loss = self._take_gradient(loss, trunk)
             size = _batch_size(input) if config.batch_fraction < 1 else 0
             images = min(size, max(2, round(config.batch_fraction * size)))  # BatchNorm may need two
             share = partial(_leading, size=size, images=images) if size else lambda batch: batch
@@ -252,21 +257,21 @@ class NetAugTask(ClassificationTask):
                 # arrive as one sum, and a second forward pass through it could broadcast buffers that the first one
                 # still needs.
                 aug_output = network(share(input))
-            aug_loss, _ = self._loss(aug_output, share(target), share(teacher_output))
-            result['aug_loss'] = aug_loss.detach()
-            loss = loss + config.every * config.alpha * aug_loss
-            if config.distill:
-                known = tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, aug_output)
-                distill_loss = self.distill_criterion(share(output), known)
-                result['distill_loss'] = distill_loss.detach()
-                loss = loss + config.every * config.distill * distill_loss
+        aug_loss, _ = self._loss(aug_output, share(target), share(teacher_output))
+        result['aug_loss'] = aug_loss.detach()
+        loss = loss + config.every * config.alpha * aug_loss
+        if config.distill:
+            known = tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, aug_output)
+            distill_loss = self.distill_criterion(share(output), known)
+            result['distill_loss'] = distill_loss.detach()
+            loss = loss + config.every * config.distill * distill_loss
         return dict(loss=loss, **result)
 
-    def _take_gradient(self, loss: torch.Tensor) -> torch.Tensor:
+    def _take_gradient(self, loss: torch.Tensor, trunk: SharedTrunk) -> torch.Tensor:
         layout, slices = self.supernet.layout, {}
         for name, p in self.supernet.named_parameters():
             slices[p] = layout.slices(name, p.ndim, layout.tiny)
-        return take_gradient(loss, [p for p in self.network.parameters() if p.requires_grad], slices)
+        return take_gradient(loss, [p for p in self.network.parameters() if p.requires_grad], slices, trunk.crossing)
 
     def _loss(self, output: Any, target: Any, teacher_output: Any) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
         """Return the loss of one network's output, and the teacher's part in it to be logged."""
