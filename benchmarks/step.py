@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Time a training step: plain, with NetAug, and with a teacher, in one run, as ratios to the plain step.
+"""Time a training step: plain, with NetAug, and with a teacher, in one run, as ratios to the plain step in channels-last.
 
-    python benchmarks/step.py --img-size 64 --batch-size 128 --output benchmarks/results/step-cpu-64
+    python benchmarks/step.py --img-size 64 --batch-size 64 --output benchmarks/results/step-cpu-64
+    python benchmarks/step.py --paper-sizes --batch-size 32 --output benchmarks/results/step-cpu-paper
     python benchmarks/step.py --device cuda --amp --batch-size 128 --img-size 144 --models netaug_mbv2_tiny --profile
 
 The contenders take turns, so that a machine that slows down slows them all; each NetAug step trains another one of a
-fixed list of sub-networks, drawn as in training. Reported are medians over the list, their quartiles, the mean MACs of
-the sub-networks, and the memory that a step adds at its peak. Writes OUTPUT.json and OUTPUT.png.
+fixed list of sub-networks, drawn as in training. Reported are the mean over the list and the quartiles, the operators
+that a step dispatches, and the memory that it adds at its peak. Writes OUTPUT.json and OUTPUT.png.
 """
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -18,18 +18,18 @@ import statistics
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 from unittest import mock
 
 import timm
 import torch
+from timm.data import resolve_data_config
 from timm.task import ClassificationTask, DistillationTeacher, LogitDistillationTask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_netaug
 from timm_netaug.cli.device import keep_memory
-from timm_netaug.costs import operators
 from timm_netaug.fused_bn_relu import FUSED
-from timm_netaug.task import step_generator
 
 TEACHER = 'mobilenetv2_100'
 
@@ -45,16 +45,18 @@ class Contender:
             channels_last: bool = True,
             early: bool = True,
             fused: bool = True,
-            divisor: int = 1,
+            expand_only: bool = False,
+            **config: Any,
     ):
         torch.manual_seed(0)
         stock = timm.create_model(model, num_classes=1000)
         device = torch.device(args.device)
         common = dict(criterion_kwargs=dict(smoothing=0.1), device=device, verbose=False)
         if kind == 'netaug':
-            network = timm_netaug.augment(stock, timm_netaug.NetAugConfig(divisor=divisor))
+            network = timm_netaug.augment(stock, timm_netaug.NetAugConfig(**config))
             network.init_weights()
             task = timm_netaug.NetAugTask(network.to(device), early_backward=early, **common)
+            task.expand_only = expand_only
         elif kind == 'distillation':
             network = stock
             teacher = DistillationTeacher(timm.create_model(TEACHER).to(device), device=device)
@@ -85,14 +87,36 @@ class Contender:
         self.optimizer.zero_grad()
 
 
-CONTENDERS = {  # what train.py does by default on a CPU: 'plain', and 'netaug'
-    'plain': dict(kind='plain', channels_last=False),
-    'plain, channels-last': dict(kind='plain'),
-    'distillation, channels-last': dict(kind='distillation'),
-    'netaug, as the layers of PyTorch have it': dict(kind='netaug', channels_last=False, early=False, fused=False),
-    'netaug': dict(kind='netaug'),
-    'netaug, divisor 8': dict(kind='netaug', divisor=8),
+UNIT = 'plain, channels-last'
+CONTENDERS = {
+    UNIT: dict(kind='plain'),
+    'distillation': dict(kind='distillation'),
+    'stage 4, expansions': dict(kind='netaug', from_stage=4, expand_only=True),
+    'stage 3, expansions': dict(kind='netaug', from_stage=3, expand_only=True),
+    'stage 2, expansions': dict(kind='netaug', from_stage=2, expand_only=True),
+    'stage 3, widths': dict(kind='netaug', from_stage=3),
+    'all, expansions': dict(kind='netaug', expand_only=True),
+    'all, widths': dict(kind='netaug'),
+    'plain, contiguous': dict(kind='plain', channels_last=False),
+    'all, widths, as the layers of PyTorch have it': dict(
+        kind='netaug', channels_last=False, early=False, fused=False),
+    'all, widths, divisor 8': dict(kind='netaug', divisor=8),
 }
+BY_DEFAULT = list(CONTENDERS)[:9]
+COLOURS = dict(zip(CONTENDERS, (
+    '#4d4d4d', '#b39b00', '#a6cee3', '#6baed6', '#3182bd', '#74c476', '#e6853a', '#c0392b', '#bdbdbd', '#f4a6a0',
+    '#8c2d1e')))
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are dispatched, forward and backward, without those that only make a view."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        returns = function._schema.returns
+        self.count += not returns or any(r.alias_info is None or r.alias_info.is_write for r in returns)
+        return function(*args, **(kwargs or {}))
 
 
 def seconds(step: Callable[[], None], device: str) -> float:
@@ -141,19 +165,11 @@ def added_memory(args: argparse.Namespace, model: str, name: str, number: int) -
     return added
 
 
-def macs_ratios(model: str, samples: int, img_size: int) -> List[float]:
-    """Return the MACs of the sub-networks of the steps, relative to the tiny model's."""
-    with torch.device('meta'):
-        supernet = timm_netaug.augment(timm.create_model(model, num_classes=1000)).eval()
-    tiny = {f'{row["name"]}.weight': row['macs']
-            for row in operators(timm_netaug.export(supernet), (3, img_size, img_size)) if row['macs']}
-    ratios = []
-    for number in range(samples):
-        widths = supernet.sample_widths(step_generator(42, number))
-        ratios.append(sum(
-            macs * math.prod(widths[c.name] / c.base for c in supernet.layout.axes[name].values())
-            for name, macs in tiny.items()) / sum(tiny.values()))
-    return ratios
+def operators(contender: Contender) -> int:
+    """Count the operators of a step, without the optimizer's."""
+    with Operators() as operators, mock.patch.object(contender.optimizer, 'step'):
+        contender.step(0)
+    return operators.count
 
 
 def measure(args: argparse.Namespace, model: str) -> Dict[str, dict]:
@@ -166,18 +182,18 @@ def measure(args: argparse.Namespace, model: str) -> Dict[str, dict]:
             if number >= 0:
                 times[name].append(elapsed)
         print(f'{model}: step {number + 1} of {args.samples}', flush=True)
+    counts = {name: operators(contender) for name, contender in contenders.items()}
     del contenders
-    ratios = macs_ratios(model, args.samples, args.img_size)
-    widest = ratios.index(max(ratios))
-    unit = statistics.median(times['plain'])
+    unit = statistics.mean(times[UNIT])
     rows = {}
     for name, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4)
+        low, _, high = statistics.quantiles(values, n=4)
         rows[name] = dict(
-            seconds=median, ratio=median / unit, ratio_low=low / unit, ratio_high=high / unit,
-            mean_ratio=statistics.mean(values) / statistics.mean(times['plain']),
-            added_mib=added_memory(args, model, name, widest))
-    return dict(rows=rows, mean_macs_ratio=1 + statistics.mean(ratios))
+            seconds=statistics.mean(values), ratio=statistics.mean(values) / unit, ratio_low=low / unit,
+            ratio_high=high / unit, operators=counts[name],
+            added_mib=None if args.no_memory else max(
+                filter(None, (added_memory(args, model, name, number) for number in range(2))), default=None))
+    return dict(rows=rows, img_size=args.img_size)
 
 
 def profile(args: argparse.Namespace, model: str) -> None:
@@ -196,17 +212,16 @@ def profile(args: argparse.Namespace, model: str) -> None:
 
 
 def table(results: Dict[str, dict]) -> str:
-    lines = ['| model | contender | median step | plain steps (quartiles) | mean | MACs | memory added |',
-             '|---|---|---|---|---|---|---|']
+    lines = ['| model, size | contender | mean step | plain steps (quartiles) | operators | memory added |',
+             '|---|---|---|---|---|---|']
     for model, result in results.items():
-        plain = result['rows']['plain']
+        unit = result['rows'][UNIT]
         for name, row in result['rows'].items():
-            macs = f'{result["mean_macs_ratio"]:.1f} x' if name.startswith('netaug') and 'divisor' not in name else ''
             memory = '' if row['added_mib'] is None else (
-                f'{row["added_mib"]:,.0f} MiB, {row["added_mib"] / plain["added_mib"]:.1f} x')
-            lines.append(f'| `{model}` | {name} | {1000 * row["seconds"]:,.0f} ms | {row["ratio"]:.2f}'
-                         f' ({row["ratio_low"]:.2f} to {row["ratio_high"]:.2f}) | {row["mean_ratio"]:.2f} | {macs} |'
-                         f' {memory} |')
+                f'{row["added_mib"]:,.0f} MiB, {row["added_mib"] / unit["added_mib"]:.2f} x')
+            lines.append(f'| `{model}`, {result["img_size"]} | {name} | {1000 * row["seconds"]:,.0f} ms |'
+                         f' {row["ratio"]:.2f} ({row["ratio_low"]:.2f} to {row["ratio_high"]:.2f}) |'
+                         f' {row["operators"]:,} | {memory} |')
     return '\n'.join(lines)
 
 
@@ -222,28 +237,34 @@ def machine(args: argparse.Namespace) -> str:
 
 
 def picture(results: Dict[str, dict], title: str, path: str) -> None:
+    """Draw one panel for each model, with the length of every bar written behind it."""
     from matplotlib.figure import Figure
     names = list(next(iter(results.values()))['rows'])
-    figure = Figure(figsize=(9, 1 + 0.9 * len(results)), layout='constrained')
-    axes = figure.subplots()
-    for i, name in enumerate(names):
-        rows = [r['rows'][name] for r in results.values()]
-        spread = [[r['ratio'] - r['ratio_low'] for r in rows], [r['ratio_high'] - r['ratio'] for r in rows]]
-        axes.barh([j + 0.8 * i / len(names) for j in range(len(rows))], [r['ratio'] for r in rows], 0.75 / len(names),
-                  xerr=spread, label=name)
-    axes.set_yticks([j + 0.35 for j in range(len(results))], list(results))
-    axes.invert_yaxis()
-    axes.set_xlabel('time of a step, in plain steps of the same model (median, quartiles)')
-    axes.set_title(title, fontsize=8)
-    axes.legend(fontsize=8)
+    figure = Figure(figsize=(9, 0.8 + (0.5 + 0.24 * len(names)) * len(results)), layout='constrained')
+    longest = max(row['ratio_high'] for r in results.values() for row in r['rows'].values())
+    for axes, (model, result) in zip(figure.subplots(len(results), squeeze=False)[:, 0], results.items()):
+        for i, name in enumerate(names):
+            row = result['rows'][name]
+            axes.barh(i, row['ratio'], 0.8, color=COLOURS[name],
+                      xerr=[[max(0, row['ratio'] - row['ratio_low'])], [max(0, row['ratio_high'] - row['ratio'])]])
+            axes.text(max(row['ratio'], row['ratio_high']) + 0.01 * longest, i, f'{row["ratio"]:.2f}', va='center',
+                      fontsize=7)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.08 * longest)
+        axes.set_title(f'{model}, {result["img_size"]} pixels', fontsize=8)
+    axes.set_xlabel('time of a training step, in plain channels-last steps (mean, quartiles)', fontsize=8)
+    figure.suptitle(title, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', default=sorted(timm.list_models('netaug_*')))
-    parser.add_argument('--contenders', nargs='+', default=list(CONTENDERS), choices=list(CONTENDERS), metavar='NAME')
+    parser.add_argument('--contenders', nargs='+', default=BY_DEFAULT, choices=list(CONTENDERS), metavar='NAME')
     parser.add_argument('--img-size', type=int, default=64)
+    parser.add_argument('--paper-sizes', action='store_true', help="the models' own sizes, as in the paper")
+    parser.add_argument('--no-memory', action='store_true', help='measure no memory')
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--samples', type=int, default=12, help='sub-networks, and steps of each contender')
     parser.add_argument('--warmup', type=int, default=2, help='steps before')
@@ -254,8 +275,8 @@ def main() -> None:
     parser.add_argument('--amp', action='store_true', help='bfloat16')
     parser.add_argument('--output', default='benchmarks/results/step', help='name without ending')
     args = parser.parse_args()
-    if 'plain' not in args.contenders:
-        parser.error('the unit is the plain step: add plain to --contenders')
+    if UNIT not in args.contenders:
+        parser.error(f'the unit is the plain step: add "{UNIT}" to --contenders')
     torch.set_num_threads(args.threads)
     if args.device == 'cpu' and not args.no_keep_memory:
         keep_memory()
@@ -263,9 +284,13 @@ def main() -> None:
         for model in args.models:
             profile(args, model)
         return
-    results = {model: measure(args, model) for model in args.models}
+    results = {}
+    for model in args.models:
+        if args.paper_sizes:
+            args.img_size = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model).to_dict())['input_size'][-1]
+        results[model] = measure(args, model)
     os.makedirs(os.path.dirname(args.output) or '.', exist_ok=True)
-    title = f'{args.img_size} px, batch {args.batch_size}; {machine(args)}'
+    title = f'Batch {args.batch_size}; {machine(args)}'
     Path(f'{args.output}.json').write_text(
         json.dumps(dict(machine=machine(args), args=vars(args), results=results), indent=2) + '\n')
     picture(results, title, f'{args.output}.png')
