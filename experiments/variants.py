@@ -47,19 +47,7 @@ def bn_reference() -> None:
     train.set_up_loaders, timm_netaug.NetAugTask.get_eval_model = capture, estimated
 
 
-def netaug_init() -> None:
-    """Start a training without NetAug from the tiny network that one with it would start from."""
-    to_train = train.to_train
-
-    def started(args, model, config, *rest):
-        supernet = timm_netaug.augment(model)
-        supernet.init_weights()
-        return to_train(args, timm_netaug.export(supernet), config, *rest)
-
-    train.to_train = started
-
-
-VARIANTS = {'momentum-stays': momentum_stays, 'bn-reference': bn_reference, 'netaug-init': netaug_init}
+VARIANTS = {'momentum-stays': momentum_stays, 'bn-reference': bn_reference}
 
 
 if __name__ == '__main__':

@@ -52,9 +52,8 @@ def test_page():
 def test_variants_differ(variant, few_digits, tmp_path):
     """Each does what it is there for: the weights are others than those of the same training without it."""
     flags = ['--data-dir', few_digits, '--num-classes', 10, '--img-size', 32, '--model', 'netaug_mbv2_tiny', '-b', 60,
-             '-j', 0, '--epochs', 2, '--warmup-epochs', 0, '--lr', 0.05, '--output', tmp_path]
-    if variant != 'netaug-init':
-        flags += ['--netaug', '--netaug-stop-width-at', 1]
+             '-j', 0, '--epochs', 2, '--warmup-epochs', 0, '--lr', 0.05, '--netaug', '--netaug-stop-width-at', 1,
+             '--output', tmp_path]
     run_python('train.py', *flags, '--experiment', 'as-ever')
     run_python('experiments/variants.py', variant, *flags, '--experiment', 'other')
     rows = [(tmp_path / name / 'summary.csv').read_text() for name in ('as-ever', 'other')]

@@ -22,7 +22,7 @@ from .recompute import Mixed, mixed_with, set_recomputed
 from .sorting import importance_orders, permute_channels, to_permute
 from .trunk import SharedTrunk, find_trunk
 
-__all__ = ['SuperNet', 'augment', 'export', 'find_supernet']
+__all__ = ['SuperNet', 'augment', 'export', 'find_supernet', 'init_weights']
 
 
 _CHECKED_WITH = NetAugConfig(width_mults=(1.5, 2.5), expand_mults=(1.5, 2.0))
@@ -290,6 +290,29 @@ def augment(model: nn.Module, config: Optional[NetAugConfig] = None, *, example_
     config = (config or NetAugConfig()).resolve(architecture)
     trunk = find_trunk(model, layout.inputs, config.from_stage)
     return _build(model, layout.after(trunk), config, trunk)
+
+
+def init_weights(
+        model: nn.Module,
+        config: Optional[NetAugConfig] = None,
+        *,
+        example_input: Any = None,
+        sort: bool = True,
+) -> None:
+    """Give a stock module the weights that a training with NetAug would start from, for one without.
+
+    They are the leading slice of a sorted super-network, so they are larger than timm's. In short trainings they are
+    most of the difference between NetAug and timm's own initial weights (docs/results.md).
+
+    Args:
+        model: Changed in place. See `augment` for the other arguments, and `SuperNet.init_weights` for `sort`.
+
+    Raises:
+        ValueError: As `augment`.
+    """
+    supernet = augment(model, config, example_input=example_input)
+    supernet.init_weights(sort)
+    model.load_state_dict(export(supernet).state_dict())
 
 
 def _check_model(model: nn.Module) -> None:

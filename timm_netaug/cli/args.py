@@ -83,6 +83,10 @@ def _add_compute(group) -> None:
     _switch(group, '--no-prefetcher', help='normalise in the loader, not on the device')
 
 
+def _stage(value: str) -> Any:
+    return int(value) if value.lstrip('-').isdigit() else value
+
+
 def train_parser() -> argparse.ArgumentParser:
     """Build the command line of `train.py`."""
     parser = _parser("Train a timm model, with --netaug inside a wider super-network. Flags and defaults are timm's.")
@@ -94,6 +98,8 @@ def train_parser() -> argparse.ArgumentParser:
     _flag(group, '--netaug-expand-mults', nargs='+', type=float, metavar='M', help='expansion multipliers, likewise')
     _flag(group, '--netaug-divisor', type=int, metavar='N',
           help='round augmented widths to multiples of N (default: 1)')
+    _flag(group, '--netaug-from-stage', type=_stage, metavar='N',
+          help='first stage that is augmented, or a module; what lies before it is computed once (default: 0, all)')
     _flag(group, '--netaug-alpha', type=float, metavar='W', help="weight of the augmented network's loss (default: 1)")
     _flag(group, '--netaug-stop-width-at', type=float, metavar='R',
           help='share of the epochs with augmented widths and sorting; 0 for short runs (default: 0.5)')
@@ -104,6 +110,7 @@ def train_parser() -> argparse.ArgumentParser:
           help='share of a batch that the augmented network sees (default: 1)')
     _flag(group, '--netaug-every', type=int, metavar='N',
           help='train the augmented network in every N-th update, with N-fold weight (default: 1)')
+    _switch(group, '--netaug-init', help='without --netaug: start from the weights that a training with it starts from')
 
     group = _add_dataset(parser)
     _flag(group, '--train-split', default='train', metavar='NAME', help='split to train on')
@@ -431,7 +438,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse
 
 
 def netaug_config(args: argparse.Namespace) -> Optional[Tuple[NetAugConfig, NetAugTraining]]:
-    """Return the configurations of the super-network and of its training, None without `--netaug`.
+    """Return the configurations of the super-network and of its training, None without `--netaug` and `--netaug-init`.
 
     Raises:
         UserError: A value is out of its range, or a NetAug flag stands without `--netaug`.
@@ -440,7 +447,15 @@ def netaug_config(args: argparse.Namespace) -> Optional[Tuple[NetAugConfig, NetA
     fields = {k: getattr(args, f'netaug_{k}') for k in names if getattr(args, f'netaug_{k}') is not None}
     if args.netaug_no_sort:
         fields['sort'] = False
-    if not args.netaug:
+    if args.netaug_init:
+        unused = sorted({*fields} - {'width_mults', 'expand_mults', 'divisor'})
+        if args.netaug:
+            raise UserError('--netaug-init does nothing with --netaug, which starts from these weights: leave it out.')
+        if unused:
+            raise UserError(f'--netaug-{unused[0].replace("_", "-")} does nothing with --netaug-init: leave it out.')
+        if args.pretrained or args.pretrained_path or args.initial_checkpoint:
+            raise UserError('--netaug-init is for a training from scratch: leave it out, or the pretrained weights.')
+    elif not args.netaug:
         if fields:
             raise UserError('NetAug flags do nothing without --netaug: add it, or leave them out.')
         return None

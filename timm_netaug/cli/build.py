@@ -124,17 +124,21 @@ def to_train(args, model: nn.Module, config: Optional[Tuple[Any, Any]], device, 
     """Make of the stock model what is trained: with NetAug its super-network, on the device, in format and type.
 
     Args:
-        config: The configurations of the super-network and of its training; None without NetAug.
+        config: The configurations of the super-network and of its training; None without NetAug and its weights.
 
     Raises:
         UserError: The model is not one that NetAug takes.
     """
     if config is not None:
         try:
-            model = timm_netaug.augment(model, config[0])
+            if args.netaug_init:
+                timm_netaug.init_weights(model, config[0])
+            else:
+                model = timm_netaug.augment(model, config[0])
         except ValueError as e:
-            raise UserError(f'--netaug: {e} The models that it takes are listed in docs/models.md.') from e
-        if not (args.pretrained or args.pretrained_path or args.initial_checkpoint):
+            flag = '--netaug-init' if args.netaug_init else '--netaug'
+            raise UserError(f'{flag}: {e} The models that it takes are listed in docs/models.md.') from e
+        if args.netaug and not (args.pretrained or args.pretrained_path or args.initial_checkpoint):
             model.init_weights(config[1].sort)
     _set_up_head(args, model)
     if args.split_bn:
@@ -146,7 +150,7 @@ def to_train(args, model: nn.Module, config: Optional[Tuple[Any, Any]], device, 
         _logger.warning('--sync-bn has nothing to synchronise in one process.')
     elif args.sync_bn:
         args.dist_bn = ''  # the processes have the same statistics
-        if config is not None:
+        if args.netaug:
             model.synchronise_batchnorm()
         else:
             model = convert_sync_batchnorm(model)

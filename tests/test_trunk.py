@@ -1,0 +1,294 @@
+"""The shared trunk: a step that computes it once is the step that computes it twice, with the trunk's widths kept."""
+import copy
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+from conftest import MODELS, generator, images, make, randomise
+from timm_netaug import NetAugConfig, NetAugTask, augment, export, init_weights
+from timm_netaug.task import step_generator
+from timm_netaug.trunk import SharedTrunk, stage_names
+
+X, Y = images(4, 64, dtype=torch.float64), torch.tensor([1, 2, 3, 4])
+
+
+def supernet_of(name='netaug_mbv2_tiny', from_stage=3, shared=True, **kwargs):
+    supernet = randomise(augment(make(name, **kwargs), NetAugConfig(from_stage=from_stage)), 1).double().train()
+    if not shared:
+        supernet.trunk.unwatch(supernet)
+    return supernet
+
+
+def step(supernet, **kwargs):
+    """Return what a training step reports, its gradients, and the buffers after it."""
+    task = NetAugTask(supernet, verbose=False, **kwargs)
+    result = task(X, Y)
+    result['loss'].backward()
+    return result, {n: p.grad for n, p in supernet.named_parameters()}, dict(supernet.named_buffers())
+
+
+def assert_same(one, other):
+    """Losses and statistics to the last bit; gradients but for the order of a sum, in float64."""
+    assert all(torch.equal(one[0][k], other[0][k]) for k in one[0])
+    largest = max(g.abs().max() for g in one[1].values() if g is not None)
+    assert one[1].keys() == other[1].keys()
+    for name, grad in one[1].items():
+        assert (grad is None) == (other[1][name] is None), name
+        if grad is not None:
+            torch.testing.assert_close(grad, other[1][name], rtol=0, atol=1e-12 * largest.item())
+    assert all(torch.equal(one[2][k], other[2][k]) for k in one[2])
+
+
+@pytest.mark.parametrize('early', [False, True], ids=['one backward pass', 'early'])
+@pytest.mark.parametrize('from_stage', [1, 3, 'blocks.3.0'])
+@pytest.mark.parametrize('name', MODELS)
+def test_same_step(name, from_stage, early):
+    want = step(supernet_of(name, from_stage, shared=False))
+    assert_same(want, step(supernet_of(name, from_stage), early_backward=early))
+
+
+@pytest.mark.parametrize('early', [False, True], ids=['one backward pass', 'early'])
+@pytest.mark.parametrize('name, from_stage', [('resnet18', 2), ('test_efficientnet', 2), ('mobileone_s0', 2)])
+def test_same_step_of_other_networks(name, from_stage, early):
+    want = step(supernet_of(name, from_stage, shared=False))
+    assert_same(want, step(supernet_of(name, from_stage), early_backward=early))
+
+
+@pytest.mark.parametrize('kwargs', [dict(distill=0.5), dict(alpha=0.3, every=2), dict(stop_width_at=0.0)], ids=str)
+def test_same_step_with_settings(kwargs):
+    assert_same(step(supernet_of(shared=False), **kwargs), step(supernet_of(), **kwargs))
+
+
+def test_same_step_with_a_teacher():
+    tasks = [step(supernet_of(shared=shared), teacher=make('test_efficientnet').double()) for shared in (False, True)]
+    assert_same(*tasks)
+
+
+@pytest.mark.parametrize('early', [False, True], ids=['one backward pass', 'early'])
+def test_same_step_with_checkpointing(early):
+    """Recomputed blocks of the trunk, and of both tails."""
+    supernet = supernet_of()
+    supernet.set_grad_checkpointing()
+    assert_same(step(supernet_of(shared=False)), step(supernet, early_backward=early))
+
+
+def test_trunk_runs_once():
+    """Forward and backward; and the trunk keeps the tiny network's widths."""
+    supernet = supernet_of()
+    calls, backward_calls = [], []
+    for name in supernet.trunk.names:
+        module = supernet.get_submodule(name)
+        forward = module.forward
+        module.forward = lambda *args, forward=forward, name=name: calls.append(name) or forward(*args)
+    for p in [supernet.conv_stem.weight, supernet.blocks[2][0].conv_pw.weight]:
+        p.register_hook(lambda grad: backward_calls.append(grad.shape))
+    step(supernet)
+    assert calls == ['conv_stem', 'bn1', 'blocks.0', 'blocks.1', 'blocks.2'] and len(backward_calls) == 2
+    tiny = supernet.layout.tiny
+    tails = ('blocks.3', 'blocks.4', 'blocks.5', 'blocks.6', 'conv_head')
+    assert tiny and all(name.startswith(tails) for name in tiny)
+    assert supernet.conv_stem.weight.shape[0] == 16
+
+
+@pytest.mark.parametrize('early', [False, True], ids=['one backward pass', 'early'])
+def test_batch_fraction(early):
+    """The trunk sees the whole batch, the augmented tail the leading images of what the trunk computed."""
+    supernet, plain = supernet_of(), supernet_of()
+    result, grads, _ = step(supernet, batch_fraction=0.5, early_backward=early)
+    with plain.shared_trunk() as trunk:
+        output = plain(X)
+        kept = trunk.outputs['blocks.2'][0]
+        with plain.active(plain.sample_widths(step_generator(42, 0))):
+            aug = plain(X[:2])
+    assert kept.shape[0] == 4 and aug.shape[0] == 2 and len(output) == 4
+    loss = nn.functional.cross_entropy(output, Y) + nn.functional.cross_entropy(aug, Y[:2])
+    assert torch.equal(result['loss'].detach(), loss.detach())
+    loss.backward()
+    largest = max(p.grad.abs().max() for p in plain.parameters())
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, rtol=0, atol=1e-12 * largest.item())
+
+
+class Detector(nn.Module):
+    """A module with weights before and behind its backbone."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Conv2d(3, 3, 1)
+        self.backbone = timm.create_model('tf_efficientnet_lite0', features_only=True, out_indices=(2, 3, 4))
+        self.neck = nn.ModuleList([nn.Conv2d(c, 8, 1) for c in self.backbone.feature_info.channels()])
+
+    def forward(self, x):
+        return [neck(f) for neck, f in zip(self.neck, self.backbone(self.before(x)))]
+
+
+@pytest.mark.parametrize('early', [False, True], ids=['one backward pass', 'early'])
+def test_inside_a_detector(early):
+    """The branch lies behind the first feature map, which goes to the neck, too."""
+    results = []
+    for shared in (False, True):
+        torch.manual_seed(0)
+        model = randomise(Detector())
+        model.backbone = randomise(augment(model.backbone, NetAugConfig(from_stage=3)), 1)
+        model.double().train()
+        if not shared:
+            model.backbone.trunk.unwatch(model.backbone)
+        task = NetAugTask(model, lambda output, _: sum(t.square().mean() for t in output), verbose=False,
+                          early_backward=early and shared)
+        result = task(X, None)
+        result['loss'].backward()
+        del result['output']
+        results.append((result, {n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize('early', [False, True], ids=['one backward pass', 'early'])
+def test_distributed(early, tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        want = step(supernet_of())
+        supernet = supernet_of()
+        task = NetAugTask(supernet, verbose=False, early_backward=early).prepare_distributed()
+        assert isinstance(task.trainable_module, DistributedDataParallel)
+        result = task(X, Y)
+        result['loss'].backward()
+        got = result, {n: p.grad for n, p in supernet.named_parameters()}, dict(supernet.named_buffers())
+        assert_same(want, got)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('early', [False, True], ids=['one backward pass', 'early'])
+def test_compiled(early):
+    """The tiny pass is compiled once, whatever the augmented one's widths."""
+    want = step(supernet_of())
+    supernet = supernet_of()
+    task = NetAugTask(supernet, verbose=False, early_backward=early)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    task.compile(backend=backend)
+    for _ in range(2):
+        supernet.zero_grad()
+        supernet.load_state_dict(supernet_of().state_dict())
+        task.start_update(0)
+        result = task(X, Y)
+        result['loss'].backward()
+        count = len(graphs)
+    assert graphs and count == len(graphs)
+    assert_same(want, (result, {n: p.grad for n, p in supernet.named_parameters()}, dict(supernet.named_buffers())))
+    task.start_update(1)
+    task(X, Y)
+    assert count == len(graphs)
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), export],
+                         ids=['copy', 'pickle', 'export'])
+@pytest.mark.parametrize('inside', [False, True], ids=['at rest', 'within the block'])
+def test_copies(copied, inside):
+    """They remember nothing, share nothing with the model, and an export has no hooks."""
+    supernet = supernet_of()
+    with supernet.shared_trunk() if inside else nullcontext():
+        output = supernet(X)
+        twin = copied(supernet)
+    assert torch.equal(twin(X), output)
+    if copied is export:
+        assert not any(m._forward_hooks for m in twin.modules()) and not hasattr(twin, 'trunk')
+        return
+    assert isinstance(twin.trunk, SharedTrunk) and twin.trunk is not supernet.trunk and not twin.trunk.outputs
+    assert twin.trunk.names == supernet.trunk.names
+    assert_same(step(supernet_of()), step(supernet_of()))
+    with twin.shared_trunk() as trunk:
+        twin(X)
+        assert set(trunk.outputs) == set(trunk.names) and not supernet.trunk.outputs
+    assert not trunk.outputs
+
+
+def test_an_error_leaves_nothing_behind():
+    supernet = supernet_of()
+    with pytest.raises(KeyError):
+        with supernet.shared_trunk():
+            supernet(X)
+            with supernet.sampled(generator()):
+                assert 'forward' in vars(supernet.conv_stem)
+                raise KeyError
+    assert not any('forward' in vars(m) for m in supernet.modules()) and not supernet.trunk.outputs
+    assert_same(step(supernet_of()), step(supernet_of()))
+
+
+@pytest.mark.parametrize('from_stage, why', [
+    (7, 'EfficientNet has the stages 0 to 6'),
+    ('head', "'head' of EfficientNet is no module of it. Name a module, such as 'blocks.0'"),
+    ('conv_stem', 'no module lies before it. The nearest modules that it can branch before: '),
+    ('blocks.2.1.conv_pwl', r"2 activations go past it .*nearest modules.*'blocks.2.2'"),
+])
+def test_refused_branches(from_stage, why):
+    with pytest.raises(ValueError, match=f'from_stage.*{why}'):
+        augment(make('netaug_mbv2_tiny'), NetAugConfig(from_stage=from_stage))
+
+
+@pytest.mark.parametrize('from_stage', [-1, 1.5, '', True, None])
+def test_refused_settings(from_stage):
+    with pytest.raises(ValueError, match='NetAugConfig.from_stage must be the number of a stage'):
+        NetAugConfig(from_stage=from_stage)
+
+
+def test_a_network_without_stages():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body, self.out = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 9, 3)
+            self.norm, self.head = nn.BatchNorm2d(9), nn.Conv2d(9, 4, 1)
+
+        def forward(self, x):
+            return self.head(self.norm(self.out(self.body(self.stem(x)).relu())).relu())
+
+    with pytest.raises(ValueError, match='Own has no stages. Give the name of a module'):
+        augment(Own(), NetAugConfig(from_stage=1), example_input=images(2, 32))
+    supernet = augment(Own(), NetAugConfig(from_stage='out'), example_input=images(2, 32))
+    assert list(supernet.layout.channels) == ['out'] and supernet.trunk.names == ['stem', 'body']
+
+
+def test_overwritten_activation_is_refused():
+    """A branch whose activation the tail changes in place would hand the augmented pass another one."""
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.out, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 9, 3), nn.Conv2d(9, 4, 1)
+
+        def forward(self, x):
+            return self.head(self.out(self.stem(x).relu_()))
+
+    with pytest.raises(ValueError, match="the output of 'stem' is overwritten behind it"):
+        augment(InPlace(), NetAugConfig(from_stage='out'), example_input=images(2, 32))
+
+
+@pytest.mark.parametrize('name, stages', [
+    ('netaug_mbv2_tiny', [f'blocks.{i}' for i in range(7)]), ('resnet18', [f'layer{i}' for i in range(1, 5)])])
+def test_stages(name, stages):
+    assert stage_names(make(name)) == stages
+
+
+def test_initial_weights():
+    """Those of a super-network's tiny network, with and without a trunk; the trunk is initialised, too."""
+    model, other = make('netaug_mbv2_tiny'), make('netaug_mbv2_tiny')
+    torch.manual_seed(1)
+    init_weights(model)
+    torch.manual_seed(1)
+    supernet = augment(other)
+    supernet.init_weights()
+    want = export(supernet).state_dict()
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in want.items())
+    trunk = augment(make('netaug_mbv2_tiny'), NetAugConfig(from_stage=3))
+    before = trunk.conv_stem.weight.clone()
+    trunk.init_weights()
+    bound = (3 * 9) ** -0.5  # Kaiming-uniform, a = sqrt 5: 1 / sqrt(fan-in)
+    assert not torch.equal(trunk.conv_stem.weight, before) and 0.9 * bound < trunk.conv_stem.weight.abs().max() <= bound
