@@ -6,7 +6,7 @@
 
 Loader, task, optimizer and loop are those that `train.py` builds of the same flags (further flags of it are passed on).
 Reported are images per second, the share of the time in which the loop waits for data, and the time of each epoch over
-that of the plain one beside it. Writes OUTPUT.json.
+that of the plain channels-last one beside it. Writes OUTPUT.json.
 """
 import argparse
 import json
@@ -32,13 +32,16 @@ from timm_netaug.cli.loaders import set_up_loaders
 from timm_netaug.cli.train import set_up_device, set_up_lr, train_one_epoch
 from timm_netaug.fused_bn_relu import FUSED
 
-BEFORE = 'netaug, as the layers of PyTorch have it'  # contiguous, one backward pass of the sum, as in step.py
+BEFORE = 'all, widths, as the layers of PyTorch have it'  # contiguous, one backward pass of the sum, as in step.py
+UNIT = 'plain, channels-last'
 CONTENDERS = {
-    'plain': [],
-    'plain, channels-last': ['--channels-last'],
+    UNIT: ['--channels-last'],
+    'plain, contiguous': [],
+    'stage 3, expansions': ['--netaug', '--netaug-width-mults', '1', '--netaug-from-stage', '3'],
+    'stage 3, widths': ['--netaug', '--netaug-from-stage', '3'],
+    'all, expansions': ['--netaug', '--netaug-width-mults', '1'],
+    'all, widths': ['--netaug'],
     BEFORE: ['--netaug'],
-    'netaug': ['--netaug'],
-    'netaug, expansions alone': ['--netaug', '--netaug-stop-width-at', '0'],
 }
 
 
@@ -98,7 +101,7 @@ class Contender:
         self.task = set_up_task(args, model, None, data_config, self.device, torch.float32)
         self.optimizer = create_optimizer_v2(self.task.get_trainable_module(), **optimizer_kwargs(cfg=args))
         if config is not None:
-            self.task.early_backward = not self.before
+            self.task.early_backward = not self.before and not self.task.supernet.trunk.names
             self.task.start_epoch(0, 100)
 
     def epoch(self, number: int) -> Dict[str, float]:
@@ -141,11 +144,11 @@ def main() -> None:
     facts = dict(machine=machine(args), args=settings, flags=flags, rows=rows)
     Path(f'{args.output}.json').write_text(json.dumps(facts, indent=2) + '\n')
     print(f'\n{args.model}; {machine(args)}; {" ".join(flags)}\n')
-    print('| epoch | images/s | waiting for data | time, in plain epochs (lowest to highest) |\n|---|---|---|---|')
+    print('| epoch | images/s | waiting for data | time, in plain channels-last epochs (lowest to highest) |\n|---|---|---|---|')
     for name, epochs in rows.items():
         speed = statistics.median(e['images'] / e['seconds'] for e in epochs)
         waiting = statistics.median(e['waited'] / e['seconds'] for e in epochs)
-        ratios = sorted(e['seconds'] / plain['seconds'] for e, plain in zip(epochs, rows['plain']))
+        ratios = sorted(e['seconds'] / plain['seconds'] for e, plain in zip(epochs, rows[UNIT]))
         print(f'| {name} | {speed:.0f} | {waiting:.0%} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to'
               f' {ratios[-1]:.2f}) |')
 

@@ -45,7 +45,6 @@ class Contender:
             channels_last: bool = True,
             early: bool = True,
             fused: bool = True,
-            expand_only: bool = False,
             **config: Any,
     ):
         torch.manual_seed(0)
@@ -55,8 +54,7 @@ class Contender:
         if kind == 'netaug':
             network = timm_netaug.augment(stock, timm_netaug.NetAugConfig(**config))
             network.init_weights()
-            task = timm_netaug.NetAugTask(network.to(device), early_backward=early, **common)
-            task.expand_only = expand_only
+            task = timm_netaug.NetAugTask(network.to(device), early_backward=early and not network.trunk.names, **common)
         elif kind == 'distillation':
             network = stock
             teacher = DistillationTeacher(timm.create_model(TEACHER).to(device), device=device)
@@ -88,14 +86,14 @@ class Contender:
 
 
 UNIT = 'plain, channels-last'
-CONTENDERS = {
+CONTENDERS = {  # what train.py does by default on a CPU, but for the last three
     UNIT: dict(kind='plain'),
     'distillation': dict(kind='distillation'),
-    'stage 4, expansions': dict(kind='netaug', from_stage=4, expand_only=True),
-    'stage 3, expansions': dict(kind='netaug', from_stage=3, expand_only=True),
-    'stage 2, expansions': dict(kind='netaug', from_stage=2, expand_only=True),
+    'stage 4, expansions': dict(kind='netaug', from_stage=4, width_mults=(1,)),
+    'stage 3, expansions': dict(kind='netaug', from_stage=3, width_mults=(1,)),
+    'stage 2, expansions': dict(kind='netaug', from_stage=2, width_mults=(1,)),
     'stage 3, widths': dict(kind='netaug', from_stage=3),
-    'all, expansions': dict(kind='netaug', expand_only=True),
+    'all, expansions': dict(kind='netaug', width_mults=(1,)),
     'all, widths': dict(kind='netaug'),
     'plain, contiguous': dict(kind='plain', channels_last=False),
     'all, widths, as the layers of PyTorch have it': dict(
@@ -160,6 +158,7 @@ def added_memory(args: argparse.Namespace, model: str, name: str, number: int) -
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_added_memory, args=(args, model, name, number, sending))
     process.start()
+    sending.close()  # so that a process that fails is an EOFError here
     added = receiving.recv()
     process.join()
     return added

@@ -1,11 +1,50 @@
 """Gradients taken ahead of `backward()`, so that the activations of one pass at a time are in memory."""
-from typing import Any, List, Mapping, Optional, Sequence, Tuple
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ['take_gradient', 'can_take_gradient']
+__all__ = ['can_take_gradient', 'leading', 'replaced', 'take_gradient']
+
+_LARGE = 2 ** 14  # elements from which a filled tensor costs more than a function in Python
+_taken: Optional[Dict[torch.Tensor, torch.Tensor]] = None  # gradients of slices, by parameter, while they are taken
+
+
+class _Leading(torch.autograd.Function):
+    """The leading slice of a large parameter. Its gradient is zero elsewhere, or, while `take_gradient` runs, it is kept
+    as it is: filling a tensor of the super-network's size once more for every weight costs a step some percent."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: torch.Tensor, index: tuple) -> torch.Tensor:
+        ctx.parameter, ctx.index = parameter, index
+        return parameter[index]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], None]:
+        parameter, index = ctx.parameter, ctx.index
+        if _taken is not None:
+            _taken[parameter] = _taken[parameter] + grad if parameter in _taken else grad
+            return None, None
+        full = grad.new_empty_strided(parameter.shape, parameter.stride()).zero_()
+        full[index] = grad
+        return full, None
+
+
+def leading(tensor: torch.Tensor, *sizes: int) -> torch.Tensor:
+    """Return the leading slice of a parameter of a layer.
+
+    Args:
+        sizes: Of the first dimensions. The others stay whole.
+    """
+    if tensor.shape[:len(sizes)] == sizes:
+        return tensor
+    index = tuple(map(slice, sizes))
+    if tensor.numel() < _LARGE or torch.compiler.is_compiling() or not (
+            tensor.requires_grad and torch.is_grad_enabled()):
+        return tensor[index]
+    return _Leading.apply(tensor, index)
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -13,7 +52,8 @@ class _KnownGradient(torch.autograd.Function):
 
     Its backward pass hands every parameter its gradient, times the gradient of the loss. So a parameter's hooks
     (DistributedDataParallel has some) see the gradient arrive in `backward()`, as always. Only the slices of the tiny
-    network are kept, because its gradients are zero elsewhere.
+    network are kept, because its gradients are zero elsewhere. Large weights have stand-ins for the augmented pass: the
+    known gradient is added to that of the stand-in, so that no tensor has to be filled with zeros around it.
     """
 
     @staticmethod
@@ -22,24 +62,36 @@ class _KnownGradient(torch.autograd.Function):
             loss: torch.Tensor,
             grads: List[Optional[torch.Tensor]],
             slices: List[tuple],
+            large: List[int],
             *parameters: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.grads, ctx.slices = grads, slices
+    ) -> Tuple[torch.Tensor, ...]:
+        ctx.grads, ctx.slices, ctx.large = grads, slices, large
         ctx.layouts = [(p.shape, p.stride()) for p in parameters]
-        return loss.clone()
+        ctx.set_materialize_grads(False)
+        return loss.clone(), *(parameters[i].view_as(parameters[i]) for i in large)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+    def backward(
+            ctx: Any,
+            grad: torch.Tensor,
+            *of_stand_ins: Optional[torch.Tensor],
+    ) -> Tuple[Optional[torch.Tensor], ...]:
         if torch.is_grad_enabled():
             raise RuntimeError('A gradient of second order needs a NetAugTask without early_backward.')
-        full: List[Optional[torch.Tensor]] = []
-        for known, slices, (shape, stride) in zip(ctx.grads, ctx.slices, ctx.layouts):
-            if known is None or known.shape == shape:
-                full.append(None if known is None else known * grad)
+        full: List[Optional[torch.Tensor]] = [None] * len(ctx.grads)
+        for i, other in zip(ctx.large, of_stand_ins):
+            full[i] = other
+        for i, (known, slices, (shape, stride)) in enumerate(zip(ctx.grads, ctx.slices, ctx.layouts)):
+            if known is None:
                 continue
-            full.append(known.new_empty_strided(shape, stride).zero_())
-            full[-1][slices] = known * grad
-        return (None, None, None, *full)
+            if full[i] is not None:
+                full[i][slices].addcmul_(known, grad)
+            elif known.shape == shape:
+                full[i] = known * grad
+            else:
+                full[i] = known.new_empty_strided(shape, stride).zero_()
+                torch.mul(known, grad, out=full[i][slices])
+        return (None, None, None, None, *full)
 
 
 def can_take_gradient(module: nn.Module, others: Any) -> bool:
@@ -66,18 +118,47 @@ def take_gradient(
         parameters: List[torch.Tensor],
         slices: Mapping[torch.Tensor, tuple],
         crossing: Sequence[Tuple[torch.Tensor, torch.Tensor]] = (),
-) -> torch.Tensor:
-    """Compute the gradient of a loss now, free the activations, and return the loss to call `backward()` on.
+) -> Tuple[torch.Tensor, Dict[torch.Tensor, torch.Tensor]]:
+    """Compute the gradient of a loss now, and free the activations.
 
     Args:
         slices: For parameters that the network uses a part of: the index of that part.
         crossing: Activations that the loss depends on, and the copies without a graph that it was computed from. The
             returned loss has its gradient at the activations, whose graph is left as it is.
+
+    Returns:
+        The loss to call `backward()` on, and stand-ins for large parameters, which the rest of that loss has to be
+        computed with (see `replaced`).
     """
+    global _taken
     crossing = [(a, b) for a, b in crossing if b.requires_grad]
-    indices = [slices.get(p, (slice(None),) * p.ndim) for p in parameters]
-    grads = torch.autograd.grad(loss, [*parameters, *(b for _, b in crossing)], allow_unused=True)
+    indices = [slices.get(p, ()) for p in parameters]
+    _taken = {}
+    try:
+        grads = torch.autograd.grad(loss, [*parameters, *(b for _, b in crossing)], allow_unused=True)
+        of_slices = _taken
+    finally:
+        _taken = None
     known = [None if g is None else g[i].clone() for g, i in zip(grads, indices)]
-    indices += [()] * len(crossing)
+    for i, p in enumerate(parameters):
+        if p in of_slices:
+            known[i] = of_slices[p] if known[i] is None else known[i] + of_slices[p]
+    large = [i for i, p in enumerate(parameters) if p in of_slices]
     known += grads[len(parameters):]
-    return _KnownGradient.apply(loss.detach(), known, indices, *parameters, *(a for a, _ in crossing))
+    indices += [()] * len(crossing)
+    loss, *stand_ins = _KnownGradient.apply(
+        loss.detach(), known, indices, large, *parameters, *(a for a, _ in crossing))
+    return loss, {parameters[i]: s for i, s in zip(large, stand_ins)}
+
+
+@contextmanager
+def replaced(module: nn.Module, stand_ins: Mapping[torch.Tensor, torch.Tensor]) -> Iterator[None]:
+    """Let a module compute with stand-ins for its parameters within the block."""
+    places = [(m, key, stand_ins[p]) for m in module.modules() for key, p in m._parameters.items() if p in stand_ins]
+    try:
+        for m, key, stand_in in places:
+            vars(m)[key] = stand_in  # is found before what is in `_parameters`
+        yield
+    finally:
+        for m, key, _ in places:
+            vars(m).pop(key, None)

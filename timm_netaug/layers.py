@@ -17,6 +17,7 @@ from timm.layers.conv2d_same import conv2d_same
 from torch.nn.modules._functions import SyncBatchNorm as sync_batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .early_backward import leading
 from .fused_bn_relu import FUSED, batch_norm_relu
 
 __all__ = ['ELASTIC', 'PASS_STATE', 'STATE', 'Elastic', 'ElasticBatchNorm', 'ElasticConv2d', 'register_elastic',
@@ -104,8 +105,8 @@ class _ElasticConv(Elastic):
         if dense:
             _check_channels(self, channels)
         out = self.active_out if dense else channels
-        weight = self.weight[:out, :channels] if dense else self.weight[:out]
-        return weight, None if self.bias is None else self.bias[:out], 1 if dense else channels
+        weight = leading(self.weight, out, channels) if dense else leading(self.weight, out)
+        return weight, None if self.bias is None else leading(self.bias, out), 1 if dense else channels
 
     def set_up(self, tiny: Mapping[str, torch.Size], calls: int) -> None:
         self.tiny_in = tiny['weight'][1]
@@ -173,8 +174,8 @@ class ElasticBatchNorm(Elastic):
                 momentum = 0.1 if self.momentum is None else self.momentum
             elif self.training:
                 momentum = self._count_batch()
-        weight = None if self.weight is None else self.weight[:channels]
-        bias = None if self.bias is None else self.bias[:channels]
+        weight = None if self.weight is None else leading(self.weight, channels)
+        bias = None if self.bias is None else leading(self.bias, channels)
         together = self.synchronised and self.training and torch.distributed.is_initialized()
         processes = torch.distributed.get_world_size() if together else 1
         limits = self._fused_limits() if self.training and processes == 1 and weight is not None else None
@@ -254,7 +255,7 @@ class ElasticLayerScale2d(Elastic, LayerScale2d):
         return new.fill_(layer.init_values)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gamma = self.gamma[:x.shape[1]].view(1, -1, 1, 1)
+        gamma = leading(self.gamma, x.shape[1]).view(1, -1, 1, 1)
         return x.mul_(gamma) if self.inplace else x * gamma
 
 
@@ -283,7 +284,7 @@ class _ElasticLinear(Elastic):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_channels(self, x.shape[-1])
         # Contiguous, because autograd chooses the order of the weight gradient's sums by the strides of the weight.
-        return F.linear(x, self.weight[:, :x.shape[-1]].contiguous(), self.bias)
+        return F.linear(x, leading(self.weight, self.out_features, x.shape[-1]).contiguous(), self.bias)
 
     def set_up(self, tiny: Mapping[str, torch.Size], calls: int) -> None:
         self.tiny_in = tiny['weight'][1]

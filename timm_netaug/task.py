@@ -12,7 +12,7 @@ from timm.utils import unwrap_model
 from torch.utils._pytree import tree_map
 
 from .config import NetAugTraining, split_fields
-from .early_backward import can_take_gradient, take_gradient
+from .early_backward import can_take_gradient, replaced, take_gradient
 from .layers import statistics_kept
 from .supernet import SuperNet, export, find_supernet
 from .trunk import SharedTrunk
@@ -246,13 +246,13 @@ class NetAugTask(ClassificationTask):
             result = dict(output=output, tiny_loss=loss.detach(), **parts)
             if not is_augmented:
                 return dict(loss=loss, **result)
-            if early and loss.requires_grad:
-                loss = self._take_gradient(loss, trunk)
+            loss, stand_ins = self._take_gradient(loss, trunk) if early and loss.requires_grad else (loss, {})
             size = _batch_size(input) if config.batch_fraction < 1 else 0
             images = min(size, max(2, round(config.batch_fraction * size)))  # BatchNorm may need two
             share = partial(_leading, size=size, images=images) if size else lambda batch: batch
             network = self.network
-            with supernet.sampled(step_generator(self.seed, step), self.expand_only), statistics_kept(network):
+            with supernet.sampled(step_generator(self.seed, step), self.expand_only), statistics_kept(network), \
+                    replaced(network, stand_ins):
                 # Past DistributedDataParallel: its hooks stand at the parameters, where the gradients of both passes
                 # arrive as one sum, and a second forward pass through it could broadcast buffers that the first one
                 # still needs.
@@ -267,7 +267,7 @@ class NetAugTask(ClassificationTask):
             loss = loss + config.every * config.distill * distill_loss
         return dict(loss=loss, **result)
 
-    def _take_gradient(self, loss: torch.Tensor, trunk: SharedTrunk) -> torch.Tensor:
+    def _take_gradient(self, loss: torch.Tensor, trunk: SharedTrunk) -> Tuple[torch.Tensor, Dict[Any, Any]]:
         layout, slices = self.supernet.layout, {}
         for name, p in self.supernet.named_parameters():
             slices[p] = layout.slices(name, p.ndim, layout.tiny)

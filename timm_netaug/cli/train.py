@@ -388,7 +388,8 @@ def train() -> None:
                  + (f', NetAug {run.netaug}' if args.netaug else ''))
     optimizer = set_up_optimizer(args, task)
     if args.netaug:
-        task.early_backward = not getattr(optimizer, 'is_second_order', False)
+        # Behind a shared trunk, the activations of both passes are few, and the gradients of one sum take less time.
+        task.early_backward = not getattr(optimizer, 'is_second_order', False) and not task.supernet.trunk.names
     autocast, loss_scaler = mixed_precision(args, device), None
     if args.amp and device.type == 'cuda' and args.amp_dtype == 'float16':
         loss_scaler = NativeScaler(device=device.type)
