@@ -40,6 +40,8 @@ ROWS: List[Tuple[str, str, str]] = [
     ('', '--netaug-width-mults 1 2', CHANGES),
     ('', '--netaug-expand-mults 1 2', CHANGES),
     ('', '--netaug-divisor 8', CHANGES),
+    ('', '--netaug-from-stage 2', CHANGES),
+    ('', '--netaug-init', CHANGES),
     ('', '--netaug-alpha 0.5', CHANGES),
     ('', '--netaug-stop-width-at 0', CHANGES),
     ('', '--netaug-no-sort', CHANGES),

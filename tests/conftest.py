@@ -1,8 +1,10 @@
 """Fixtures: the five models, small images, and the scripts run as a user runs them."""
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -66,14 +68,45 @@ def make_supernet(name: str = 'netaug_mbv2_tiny', config: dict = {}, **kwargs) -
     return randomise(timm_netaug.augment(make(name, **kwargs), timm_netaug.NetAugConfig(**config)), 1)
 
 
+_ENV = dict(os.environ)
+_server = None  # of fork_server.py
+
+
 def run_python(*command, check: bool = True, cwd=ROOT) -> subprocess.CompletedProcess:
-    """Run python on a command line; a test that expects success shows the whole output where there is none."""
+    """Run python on a command line; a test that expects success shows the whole output where there is none.
+
+    The scripts run in a fork of a process that has imported what they import, unless a test has changed the environment
+    that the imports depend on.
+    """
+    command = [*map(str, command)]
+    scripts = ('train.py', 'validate.py', 'experiments/variants.py')
+    known = command[0] in scripts or command[:2] == ['-m', 'timm_netaug']
+    same = {k: v for k, v in os.environ.items() if k != 'PYTEST_CURRENT_TEST'} == {
+        k: v for k, v in _ENV.items() if k != 'PYTEST_CURRENT_TEST'}
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    if known and same and hasattr(os, 'fork'):
+        done = _run_in_fork(command, cwd, env)
+    else:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def _run_in_fork(command, cwd, env) -> subprocess.CompletedProcess:
+    global _server
+    if _server is None:
+        _server = subprocess.Popen(
+            [sys.executable, str(ROOT / 'tests/fork_server.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=env, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ('stdout', 'stderr')]
+        request = dict(argv=command, cwd=str(cwd), stdout=str(files[0]), stderr=str(files[1]))
+        _server.stdin.write(json.dumps(request) + '\n')
+        _server.stdin.flush()
+        status = int(_server.stdout.readline())
+        return subprocess.CompletedProcess(command, status, *(f.read_text() for f in files))
 
 
 def readme_block(marker: str) -> str:

@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_netaug
 from conftest import MODELS, generator, images, make, make_supernet
+from timm_netaug import NetAugConfig, augment
 from timm_netaug.cli import info
 from timm_netaug.cli.curves import write_curves
 from timm_netaug.errors import UserError
-from timm_netaug.info import describe
+from timm_netaug.info import describe, stages
 from timm_netaug.io.folder import export_folder
 from timm_netaug.io.run import RunDescription
 
@@ -119,6 +120,24 @@ def test_five_models(name):
     parameters, ratio = SUPERNETS[name]
     assert round(d['netaug']['parameters'] / 1e6, 2) == parameters
     assert round(d['netaug']['mean_macs_ratio'], 1) == ratio
+
+
+@pytest.mark.parametrize('name', ['netaug_mcunet', 'resnet18'])
+def test_stages(name):
+    """The later the branch, the smaller the super-network and the step; from stage 0 they are those of all."""
+    model = timm.create_model(name)
+    d = describe(model, (3, 64, 64), samples=1)
+    rows = stages(model, d['layers'], samples=20)
+    assert [row['from_stage'] for row in rows] == list(range(len(rows))) and len(rows) >= 4
+    assert rows[0]['trunk_macs'] == 0 and rows[0]['parameters'] == d['netaug']['parameters']
+    for column in ('parameters', 'step', 'step_expand_only'):
+        values = [row[column] for row in rows]
+        assert values == sorted(values, reverse=True) and min(values) > 1
+    assert all(row['step'] > row['step_expand_only'] for row in rows)
+    macs = {row['name']: row['macs'] for row in d['layers']}
+    trunk = augment(model, NetAugConfig(from_stage=2)).trunk.names
+    inside = sum(m for n, m in macs.items() if any(n == t or n.startswith(f'{t}.') for t in trunk))
+    assert rows[2]['trunk_macs'] == pytest.approx(inside / d['macs'])
 
 
 def test_macs_of_samples_are_those_that_are_computed():

@@ -22,7 +22,7 @@ from timm_netaug.io.data import DataSource
 from timm_netaug.io.folder import export_folder
 from timm_netaug.io.run import RunDescription
 
-SMALL = ['--num-classes', 10, '--img-size', 32, '-b', 256, '-j', 0, '--warmup-epochs', 0, '--crop-pct', 1.0]
+SMALL = ['--num-classes', 10, '--img-size', 32, '-b', 120, '-j', 0, '--warmup-epochs', 0, '--crop-pct', 1.0]
 
 
 @pytest.mark.parametrize('script, parser', [('train', train_parser()), ('validate', validate_parser())])
@@ -76,6 +76,11 @@ def test_every_flag_of_timm(script, parser):
     (['--torchscript', '--kd-model-name', 'x'], '--torchscript and --kd-model-name do not go together'),
     (['--netaug-alpha', '2'], 'do nothing without --netaug'),
     (['--netaug', '--netaug-divisor', '0'], '--netaug-divisor must be'),
+    (['--netaug', '--netaug-from-stage', '-1'], '--netaug-from-stage must be the number of a stage'),
+    (['--netaug-from-stage', '2'], 'do nothing without --netaug'),
+    (['--netaug-init', '--netaug-from-stage', '2'], '--netaug-from-stage does nothing with --netaug-init'),
+    (['--netaug-init', '--netaug'], '--netaug-init does nothing with --netaug'),
+    (['--netaug-init', '--pretrained'], '--netaug-init is for a training from scratch'),
     (['--netaug', '--netaug-width-mults', '0.5'], '--netaug-width-mults must be'),
     (['--clip-mode', 'nrom'], '--clip-mode takes one of'),
     (['--batch-size', '0'], '--batch-size must be at least 1'),
@@ -200,9 +205,9 @@ def test_export_and_validate(run_dir, digits, tmp_path):
         assert result['top1'] == pytest.approx(top1, abs=1e-3) and result['img_size'] == 32
 
 
-def test_reads_in_stock_timm(digits, tmp_path):
+def test_reads_in_stock_timm(few_digits, tmp_path):
     """A checkpoint of any other model of the family opens where this package was never imported."""
-    run_python('train.py', '--data-dir', digits, '--model', 'mobilenetv3_small_050', '--netaug', *SMALL, '--epochs', 1,
+    run_python('train.py', '--data-dir', few_digits, '--model', 'mobilenetv3_small_050', '--netaug', *SMALL, '--epochs', 1,
                '--output', tmp_path, '--experiment', 'run')
     code = ('import sys, timm;'
             " m = timm.create_model('mobilenetv3_small_050', num_classes=10, checkpoint_path=sys.argv[1]);"
@@ -228,12 +233,12 @@ def test_resume(run_dir, digits, tmp_path):
 
 
 @pytest.mark.parametrize('netaug', [[], ['--netaug']], ids=['plain', 'netaug'])
-def test_starts_from_given_weights(netaug, digits, tmp_path):
+def test_starts_from_given_weights(netaug, few_digits, tmp_path):
     """At a learning rate of zero the weights at the end are those given; the head stays where the classes agree."""
     given = make('netaug_mcunet')
     torch.save({'state_dict': given.state_dict()}, tmp_path / 'given.pth')
     still = ['--epochs', 1, '--lr', 0, '--warmup-lr', 0, '--weight-decay', 0, '--model', 'netaug_mcunet',
-             '--data-dir', digits, '--output', tmp_path, *netaug, *SMALL]
+             '--data-dir', few_digits, '--output', tmp_path, *netaug, *SMALL]
     run_python('train.py', *still, '--pretrained-path', tmp_path / 'given.pth', '--experiment', 'a')
     got = torch.load(tmp_path / 'a/last.pth.tar', weights_only=False)['state_dict']
     for name, p in given.named_parameters():
@@ -342,9 +347,9 @@ def test_gradient_of_a_step(scaled, clip):
     assert widths[5:] == widths[:5]
 
 
-def test_everything_at_once_still_trains(digits, tmp_path):
+def test_everything_at_once_still_trains(few_digits, tmp_path):
     """Flags that meet in one step: accumulation over an uneven epoch, clipping, EMA, mixup, bfloat16, channels-last."""
-    run_python('train.py', '--data-dir', digits, '--model', 'netaug_mbv3_035', '--netaug', *SMALL, '-b', 128,
+    run_python('train.py', '--data-dir', few_digits, '--model', 'netaug_mbv3_035', '--netaug', *SMALL, '-b', 128,
                '--epochs', 1, '--grad-accum-steps', 4, '--clip-grad', 1.0, '--model-ema', '--mixup', 0.2,
                '--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--opt', 'adamw', '--lr', 1e-3, '--drop', 0.1,
                '--drop-path', 0.1, '--output', tmp_path, '--experiment', 'run')
@@ -367,9 +372,9 @@ def teachers(tmp_path_factory):
     return root
 
 
-def test_distillation_through_the_script(digits, teachers, tmp_path):
+def test_distillation_through_the_script(few_digits, teachers, tmp_path):
     """With and without NetAug; the teacher gets the images of the run at its own normalisation, not the registry's."""
-    common = ['train.py', '--data-dir', digits, *SMALL, '--model', 'netaug_mbv2_tiny', '--epochs', 1, '--mean', 0.3,
+    common = ['train.py', '--data-dir', few_digits, *SMALL, '--model', 'netaug_mbv2_tiny', '--epochs', 1, '--mean', 0.3,
               '--std', 0.35, '--output', tmp_path, '--kd-model-name', f'local-dir:{teachers}/same']
     for flags, columns in (([], ['loss', 'task_loss', 'kd_loss', 'top1']),
                            (['--netaug'], ['loss', 'tiny_loss', 'kd_loss', 'aug_loss', 'top1'])):
@@ -377,7 +382,7 @@ def test_distillation_through_the_script(digits, teachers, tmp_path):
         rows = list(csv.DictReader((tmp_path / ('a' if flags else 'b') / 'summary.csv').open()))
         assert [c for c in rows[0] if c.startswith('train_')] == [f'train_{c}' for c in columns]
         assert all(float(rows[0][f'train_{c}']) > 0 for c in columns)
-    flags = ['train.py', '--data-dir', str(digits), '--num-classes', '10', '--mean', '0.3', '--std', '0.35', '--netaug',
+    flags = ['train.py', '--data-dir', str(few_digits), '--num-classes', '10', '--mean', '0.3', '--std', '0.35', '--netaug',
              '--kd-model-name', f'local-dir:{teachers}/same', '--img-size', '32', '--model', 'netaug_mbv2_tiny']
     args = parse_args(train_parser(), flags[1:])
     model = build.set_up_model(args)
@@ -408,7 +413,7 @@ def test_distillation_through_the_script(digits, teachers, tmp_path):
     (['--model', 'netaug_mcunet', '--resume', '/no/such.pth'], 'There is no checkpoint /no/such.pth'),
     (['--model', 'netaug_mcunet', '-b', 5000], 'fewer images than a batch'),
     (['--model', 'netaug_mcunet', '--epoch-repeats', 2], '--epoch-repeats is for iterable data sets alone'),
-    (['--model', 'netaug_mcunet', '--netaug', '--netaug-every', 7], 'at most the 5 updates of an epoch here'),
+    (['--model', 'netaug_mcunet', '--netaug', '--netaug-every', 7], 'at most the 11 updates of an epoch here'),
     (['--model', 'netaug_mcunet', '--opt', 'sgdd'], '--opt sgdd cannot be built: Optimizer sgdd not found'),
     (['--model', 'netaug_mcunet', '--sched', 'cosin'], "--sched cosin cannot be built: Unknown scheduler 'cosin'"),
     (['--model', 'netaug_mcunet', '--aa', 'v1'], '--aa v1 is no policy of timm, .*Unknown AA policy v1'),
@@ -503,9 +508,9 @@ def test_readme_loop():
     assert type(tiny) is timm.models.EfficientNet and tiny.eval()(images(1, 64)).shape == (1, 10)
 
 
-def test_epochs_without_validation(digits, tmp_path):
+def test_epochs_without_validation(few_digits, tmp_path):
     """The columns of summary.csv stay in place, and a schedule by metric goes on with the last one measured."""
-    run_python('train.py', '--data-dir', digits, '--model', 'netaug_mbv2_tiny', *SMALL, '--epochs', 3,
+    run_python('train.py', '--data-dir', few_digits, '--model', 'netaug_mbv2_tiny', *SMALL, '--epochs', 3,
                '--val-interval', 2, '--sched', 'plateau', '--lr', 0.01, '--output', tmp_path, '--experiment', 'run')
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert [bool(r['eval_top1']) for r in rows] == [False, True, True]
@@ -549,10 +554,10 @@ def test_validate_knows_the_run(run_dir, digits, tmp_path):
         assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
 
 
-def test_printed_line_loads_the_model(digits, tmp_path):
+def test_printed_line_loads_the_model(few_digits, tmp_path):
     """With every argument of the constructor that the run was given, and the weights that were validated."""
     done = run_python(
-        'train.py', '--data-dir', digits, '--model', 'netaug_mcunet', *SMALL, '--epochs', 1, '--bn-eps', 0.1,
+        'train.py', '--data-dir', few_digits, '--model', 'netaug_mcunet', *SMALL, '--epochs', 1, '--bn-eps', 0.1,
         '--model-ema', '--output', tmp_path, '--experiment', 'run')
     scope = {}
     exec('\n'.join(line.strip() for line in done.stdout.split('\n\n')[1].splitlines()), scope)

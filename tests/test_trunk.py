@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from conftest import MODELS, generator, images, make, randomise
+from conftest import MODELS, SMALL_RUN, generator, images, make, randomise, run_python
 from timm_netaug import NetAugConfig, NetAugTask, augment, export, init_weights
 from timm_netaug.task import step_generator
 from timm_netaug.trunk import SharedTrunk, stage_names
@@ -45,8 +45,8 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize('early', [False, True], ids=['one backward pass', 'early'])
-@pytest.mark.parametrize('from_stage', [1, 3, 'blocks.3.0'])
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name, from_stage', [
+    *((name, 3) for name in MODELS), ('netaug_mbv2_tiny', 1), ('netaug_mbv2_tiny', 'blocks.3.1')])
 def test_same_step(name, from_stage, early):
     want = step(supernet_of(name, from_stage, shared=False))
     assert_same(want, step(supernet_of(name, from_stage), early_backward=early))
@@ -292,3 +292,21 @@ def test_initial_weights():
     trunk.init_weights()
     bound = (3 * 9) ** -0.5  # Kaiming-uniform, a = sqrt 5: 1 / sqrt(fan-in)
     assert not torch.equal(trunk.conv_stem.weight, before) and 0.9 * bound < trunk.conv_stem.weight.abs().max() <= bound
+
+
+def test_script(few_digits, tmp_path):
+    """A run that is resumed ends as one that was not, to the last bit; another branch is refused by name."""
+    command = ['train.py', '--data-dir', few_digits, *SMALL_RUN, '-b', 60, '-j', 0, '--netaug', '--model-ema',
+               '--netaug-from-stage', 2, '--epochs', 2, '--output', tmp_path]
+    done = run_python(*command, '--experiment', 'whole')
+    assert "'from_stage': 2" in done.stderr
+    first = tmp_path / 'whole/checkpoint-0.pth.tar'
+    run_python(*command, '--experiment', 'resumed', '--resume', first)
+    whole, resumed = (torch.load(tmp_path / n / 'last.pth.tar', weights_only=False) for n in ('whole', 'resumed'))
+    assert whole['state_dict'].keys() == timm.create_model('test_efficientnet', num_classes=10).state_dict().keys()
+    for part in ('state_dict', 'state_dict_ema'):
+        assert all(torch.equal(whole[part][k], v) for k, v in resumed[part].items())
+    done = run_python(*command, '--netaug-from-stage', 1, '--experiment', 'other', '--resume', first, check=False)
+    assert done.returncode == 1 and 'from_stage' in done.stderr and 'Traceback' not in done.stderr
+    done = run_python(*command, '--netaug-from-stage', 9, '--experiment', 'none', check=False)
+    assert done.returncode == 1 and '--netaug: from_stage=9: EfficientNet has the stages 0 to' in done.stderr

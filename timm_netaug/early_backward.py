@@ -13,8 +13,8 @@ _taken: Optional[Dict[torch.Tensor, torch.Tensor]] = None  # gradients of slices
 
 
 class _Leading(torch.autograd.Function):
-    """The leading slice of a large parameter. Its gradient is zero elsewhere, or, while `take_gradient` runs, it is kept
-    as it is: filling a tensor of the super-network's size once more for every weight costs a step some percent."""
+    """The leading slice of a large parameter. Its gradient is zero elsewhere. While `take_gradient` runs, the gradient
+    is kept as it is: a tensor of the super-network's size for every weight would cost a step some percent."""
 
     @staticmethod
     def forward(ctx: Any, parameter: torch.Tensor, index: tuple) -> torch.Tensor:

@@ -4,8 +4,9 @@ Parameters and multiply-accumulates, what takes flash and activation memory on a
 memory model), and what the model's super-network costs in training.
 """
 import copy
+import dataclasses
 import math
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -15,26 +16,85 @@ from .config import NetAugConfig
 from .costs import MEMORY_MODEL, operators
 from .errors import UserError
 from .supernet import SuperNet, augment, export
+from .trunk import stage_names
 
-__all__ = ['describe']
+__all__ = ['describe', 'stages']
+
+
+# A training step is bound by the memory of activations more than by arithmetic. So its estimate weighs a layer by its
+# share of all activations and by its share of all MACs; these weights fit the steps in docs/performance.md.
+_OF_ACTIVATIONS, _OF_MACS = 0.8, 0.2
+
+
+def _mean_cost(
+        supernet: SuperNet,
+        macs: Mapping[str, float],
+        activations: Mapping[str, float],
+        samples: int,
+        expand_only: bool = False,
+) -> float:
+    """Return the mean cost of augmented sub-networks, of which nothing has to be run.
+
+    Args:
+        macs: What the tiny model's layers cost in proportion to all their widths, by the name of their weight.
+        activations: What they cost in proportion to the channels that they write.
+    """
+    generator, axes, total = torch.Generator().manual_seed(0), supernet.layout.axes, 0.0
+    for _ in range(samples):
+        widths = supernet.sample_widths(generator, expand_only)
+        wider = {name: widths[c.name] / c.base for name, c in supernet.layout.channels.items()}
+        total += sum(m * math.prod(wider[c.name] for c in axes.get(n, {}).values()) for n, m in macs.items())
+        total += sum(a * (wider[axes[n][0].name] if 0 in axes.get(n, {}) else 1) for n, a in activations.items())
+    return total / samples
 
 
 def _augmented(supernet: SuperNet, rows: Sequence[Dict[str, Any]], samples: int) -> Dict[str, Any]:
     """Tell the size of a super-network, and what its samples cost."""
-    axes = supernet.layout.axes
     macs = {f'{row["name"]}.weight': row['macs'] for row in rows if row['macs']}
-    generator = torch.Generator().manual_seed(0)
-    total = 0.0
-    for _ in range(samples):
-        widths = supernet.sample_widths(generator)  # a layer's MACs are proportional to them: nothing has to be run
-        total += sum(m * math.prod(widths[c.name] / c.base for c in axes[name].values()) for name, m in macs.items())
     return dict(
         config=supernet.netaug_config.to_dict(),
         parameters=sum(p.numel() for p in supernet.parameters()),
         fixed=supernet.layout.fixed,
         samples=samples,
-        mean_macs_ratio=total / samples / sum(macs.values()),
+        mean_macs_ratio=_mean_cost(supernet, macs, {}, samples) / sum(macs.values()),
     )
+
+
+def stages(
+        model: nn.Module,
+        rows: Sequence[Dict[str, Any]],
+        config: Optional[NetAugConfig] = None,
+        samples: int = 50,
+) -> List[Dict[str, Any]]:
+    """Tell what a training costs from each stage on (`NetAugConfig.from_stage`), before it is begun.
+
+    Args:
+        model: A stock network, as for `augment`; it may be on the meta device.
+        rows: What its operators cost (`describe`'s 'layers').
+
+    Returns:
+        For every stage that the network can branch before: `from_stage`, `trunk_macs` (the trunk's share of the tiny
+        model's MACs), `parameters` (of the super-network), and the estimated time of a training step in plain steps,
+        with augmented widths and expansions (`step`) and with expansions alone (`step_expand_only`).
+    """
+    config, found = config or NetAugConfig(), []
+    macs = {f'{row["name"]}.weight': row['macs'] for row in rows if row['macs']}
+    sizes = {f'{row["name"]}.weight': math.prod(row['shape']) for row in rows if row['macs']}
+    total = sum(macs.values())
+    for number in range(len(stage_names(model))):
+        try:
+            supernet = augment(model, dataclasses.replace(config, from_stage=number))
+        except ValueError:  # more than one activation crosses this branch
+            continue
+        trunk = supernet.trunk.names
+        behind = [n for n in macs if not any(n.startswith(f'{name}.') for name in trunk)]
+        shares = {n: _OF_MACS * macs[n] / total for n in behind}, {
+            n: _OF_ACTIVATIONS * sizes[n] / sum(sizes.values()) for n in behind}
+        step, step_expand_only = (1 + _mean_cost(supernet, *shares, samples, alone) for alone in (False, True))
+        found.append(dict(
+            from_stage=number, trunk_macs=1 - sum(macs[n] for n in behind) / total,
+            parameters=sum(p.numel() for p in supernet.parameters()), step=step, step_expand_only=step_expand_only))
+    return found
 
 
 def describe(

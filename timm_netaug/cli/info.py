@@ -5,7 +5,7 @@ from typing import Any, Dict, Optional, Sequence
 
 from ..config import NetAugConfig, split_fields
 from ..errors import UserError, told_plainly
-from ..info import describe
+from ..info import describe, stages
 from ..load import load_model
 
 __all__ = ['main']
@@ -31,6 +31,10 @@ def _report(info: Dict[str, Any], layers: bool) -> str:
         if info['netaug']['fixed']:
             name, why = next(iter(info['netaug']['fixed'].items()))
             lines += [f'not augmented      {len(info["netaug"]["fixed"])} convolutions; {name}: {why}']
+        lines += ['', 'from stage  trunk, % of MACs  super-network  step, estimated in plain ones  with expansions alone'
+                  ] if info['netaug']['stages'] else []
+        lines += [f'{row["from_stage"]:>10}  {100 * row["trunk_macs"]:>16.0f}  {row["parameters"]:>13,}'
+                  f'  {row["step"]:>28.1f}  {row["step_expand_only"]:>21.1f}' for row in info['netaug']['stages']]
     if layers:
         table = '{:{width}}  {:>15}  {:>13}  {:>12}  {:>10}'.format
         width = max(len(row['name']) for row in info['layers'])
@@ -73,6 +77,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         except ValueError as e:
             raise UserError(f'--netaug-*: {e}') from e
         info = describe(loaded.model, loaded.data_config['input_size'], config, args.samples)
+        if info['netaug']:
+            info['netaug']['stages'] = stages(loaded.model, info['layers'], config, min(args.samples, 50))
     if args.json:
         print(json.dumps({k: v for k, v in info.items() if k != 'layers' or args.layers}, indent=2))
     else:
