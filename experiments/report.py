@@ -75,29 +75,32 @@ def table(rows: List[Row]) -> str:
 
 
 def pictures(experiment: str, rows: List[Row], shown: List[str]) -> None:
-    """Draw accuracy over epochs, in validation and training, and accuracy over cost."""
+    """Draw accuracy over epochs, in validation and training, and accuracy over cost. A row has one colour in both."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 4), layout='constrained')
+    from matplotlib.ticker import MaxNLocator
+    colours = dict(zip((row.name for row in rows), colormaps['tab10' if len(rows) <= 10 else 'tab20'].colors))
+    figure = Figure(figsize=(12, 4.5), layout='constrained')
     curves, costs = figure.subplots(1, 2)
-    for i, row in enumerate(r for r in rows if r.name in shown):
+    for row in (r for r in rows if r.name in shown):
         epochs = range(1, row.epochs + 1)
         for column, style in (('eval_top1', '-'), ('train_top1', ':')):
             mean = [statistics.mean(float(c[e][column]) for c in row.curves) for e in range(row.epochs)]
-            curves.plot(epochs, mean, style, color=f'C{i}', label=row.name if style == '-' else None)
-    curves.set_xlabel('epoch')
-    curves.set_ylabel('top-1, % (dotted: in training)')
-    curves.legend(fontsize=8)
+            curves.plot(epochs, mean, style, color=colours[row.name])
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
+    curves.set(xlabel='epoch', ylabel='top-1, %', title='Over epochs (dotted: in training, on augmented images)')
     for row in rows:
         relative = cost(row, rows)
         if relative is None:
             continue
         accuracies = row.last('eval_top1')
         deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0
-        costs.errorbar(relative, statistics.mean(accuracies), deviation, fmt='o', capsize=3)
-        costs.annotate(row.name, (relative, statistics.mean(accuracies)), fontsize=7, xytext=(4, 4),
-                       textcoords='offset points')
-    costs.set_xlabel('processor time, in runs without NetAug')
-    costs.set_ylabel('top-1 after the last epoch, %')
+        costs.errorbar(relative, statistics.mean(accuracies), deviation, fmt='o', capsize=3, color=colours[row.name],
+                       label=f'{row.name} ({len(row.curves)} seed{"s" * (len(row.curves) > 1)})')
+    costs.set(xlabel='processor time, in runs without NetAug', ylabel='top-1 after the last epoch, %',
+              title='Over cost (bars: standard deviation)')
+    figure.legend(*costs.get_legend_handles_labels(), loc='outside right upper', fontsize=8)
+    figure.suptitle(f'{experiment}: top-1 on the 10,000 validation images')
     PICTURES.mkdir(exist_ok=True)
     figure.savefig(PICTURES / f'{experiment}.png', dpi=110)
 

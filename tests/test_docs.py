@@ -61,12 +61,13 @@ def test_readme_commands(checkout, few_digits):
 def test_benchmark(tmp_path):
     """The commands of docs/performance.md, with one model, fewer and smaller steps, and on the CPU."""
     text = (ROOT / 'docs/performance.md').read_text().replace('\\\n', '')
-    commands = {re.sub(r' --(img-size|batch-size|samples|device|models) \S+| --amp', '', command)
+    commands = {re.sub(r' --(img-size|batch-size|samples|device|models|output) \S+| --(amp|paper-sizes)', '', command)
                 for command in re.findall(r'^    python (benchmarks/step.py .*)$', text, re.M)}
     assert commands == {'benchmarks/step.py', 'benchmarks/step.py --profile'}
-    few = '--models netaug_mbv2_tiny --img-size 32 --batch-size 16 --samples 2 --warmup 1 --contenders plain netaug'
+    few = ('--models netaug_mbv2_tiny --img-size 32 --batch-size 16 --samples 2 --warmup 1'
+           ' --contenders "plain, channels-last" "stage 3, widths"')
     out = run(f'python {ROOT}/benchmarks/step.py {few} --output out', tmp_path)
-    assert '| `netaug_mbv2_tiny` | netaug |' in out
+    assert '| `netaug_mbv2_tiny`, 32 | stage 3, widths |' in out
     assert (tmp_path / 'out.json').exists() and (tmp_path / 'out.png').exists()
     assert 'convolution_backward' in run(f'python {ROOT}/benchmarks/step.py {few} --profile', tmp_path)
 
@@ -74,7 +75,7 @@ def test_benchmark(tmp_path):
 def test_other_benchmarks(few_digits, tmp_path):
     command = f'python {ROOT}/benchmarks/epoch.py --data-dir {few_digits} --num-classes 10 --img-size 32 -j 0 -b 60'
     out = run(f'{command} --batches 2 --repeats 1 --output out', tmp_path)
-    assert '| netaug, expansions alone |' in out and (tmp_path / 'out.json').exists()
+    assert '| stage 3, expansions |' in out and (tmp_path / 'out.json').exists()
     out = run(f'python {ROOT}/benchmarks/inference.py --img-size 32 --repeats 3', tmp_path)
     assert 'equal to the last bit: True' in out
 
