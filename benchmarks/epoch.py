@@ -101,7 +101,7 @@ class Contender:
         self.task = set_up_task(args, model, None, data_config, self.device, torch.float32)
         self.optimizer = create_optimizer_v2(self.task.get_trainable_module(), **optimizer_kwargs(cfg=args))
         if config is not None:
-            self.task.early_backward = not self.before and not self.task.supernet.trunk.names
+            self.task.early_backward = not self.before and not self.task.supernet.netaug_trunk.names
             self.task.start_epoch(0, 100)
 
     def epoch(self, number: int) -> Dict[str, float]:

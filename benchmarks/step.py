@@ -54,7 +54,7 @@ class Contender:
         if kind == 'netaug':
             network = timm_netaug.augment(stock, timm_netaug.NetAugConfig(**config))
             network.init_weights()
-            task = timm_netaug.NetAugTask(network.to(device), early_backward=early and not network.trunk.names, **common)
+            task = timm_netaug.NetAugTask(network.to(device), early_backward=early and not network.netaug_trunk.names, **common)
         elif kind == 'distillation':
             network = stock
             teacher = DistillationTeacher(timm.create_model(TEACHER).to(device), device=device)

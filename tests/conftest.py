@@ -72,11 +72,11 @@ _ENV = dict(os.environ)
 _server = None  # of fork_server.py
 
 
-def run_python(*command, check: bool = True, cwd=ROOT) -> subprocess.CompletedProcess:
+def run_python(*command, check: bool = True, cwd=ROOT, fork: bool = True) -> subprocess.CompletedProcess:
     """Run python on a command line; a test that expects success shows the whole output where there is none.
 
     The scripts run in a fork of a process that has imported what they import, unless a test has changed the environment
-    that the imports depend on.
+    that the imports depend on, or fork is False (so that a run has hashes of its own).
     """
     command = [*map(str, command)]
     scripts = ('train.py', 'validate.py', 'experiments/variants.py')
@@ -84,7 +84,7 @@ def run_python(*command, check: bool = True, cwd=ROOT) -> subprocess.CompletedPr
     same = {k: v for k, v in os.environ.items() if k != 'PYTEST_CURRENT_TEST'} == {
         k: v for k, v in _ENV.items() if k != 'PYTEST_CURRENT_TEST'}
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-    if known and same and hasattr(os, 'fork'):
+    if fork and known and same and hasattr(os, 'fork'):
         done = _run_in_fork(command, cwd, env)
     else:
         done = subprocess.run(
@@ -105,7 +105,9 @@ def _run_in_fork(command, cwd, env) -> subprocess.CompletedProcess:
         request = dict(argv=command, cwd=str(cwd), stdout=str(files[0]), stderr=str(files[1]))
         _server.stdin.write(json.dumps(request) + '\n')
         _server.stdin.flush()
-        status = int(_server.stdout.readline())
+        answer = _server.stdout.readline()
+        assert answer, 'The fork server has ended.'
+        status = int(answer)
         return subprocess.CompletedProcess(command, status, *(f.read_text() for f in files))
 
 

@@ -5,7 +5,10 @@ Reads a JSON line for every run (argv, cwd, and files for standard output and er
 import json
 import os
 import runpy
+import signal
 import sys
+
+import numpy as np
 
 import timm_netaug.cli.train
 import timm_netaug.cli.validate  # noqa: F401
@@ -22,6 +25,8 @@ def next_run() -> dict:
 
 
 run = next_run()
+np.random.seed()  # as a new process has it
+signal.alarm(600)
 for number, path in enumerate((os.devnull, run['stdout'], run['stderr'])):
     file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(file, number)

@@ -135,7 +135,7 @@ def test_stages(name):
         assert values == sorted(values, reverse=True) and min(values) > 1
     assert all(row['step'] > row['step_expand_only'] for row in rows)
     macs = {row['name']: row['macs'] for row in d['layers']}
-    trunk = augment(model, NetAugConfig(from_stage=2)).trunk.names
+    trunk = augment(model, NetAugConfig(from_stage=2)).netaug_trunk.names
     inside = sum(m for n, m in macs.items() if any(n == t or n.startswith(f'{t}.') for t in trunk))
     assert rows[2]['trunk_macs'] == pytest.approx(inside / d['macs'])
 

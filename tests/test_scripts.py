@@ -220,7 +220,7 @@ def test_reads_in_stock_timm(few_digits, tmp_path):
 def test_resume(run_dir, digits, tmp_path):
     """The second epoch, run again from the first one's checkpoint, ends with the same weights."""
     args = ['train.py', '-c', run_dir / 'args.yaml', '--resume', run_dir / 'checkpoint-0.pth.tar', '--output', tmp_path]
-    run_python(*args, '--experiment', 'resumed')
+    run_python(*args, '--experiment', 'resumed', fork=False)
     one, two = (torch.load(d / 'last.pth.tar', weights_only=False) for d in (run_dir, tmp_path / 'resumed'))
     assert one['epoch'] == two['epoch'] == 1
     for a, b in ((one['task_state']['supernet'], two['task_state']['supernet']),

@@ -20,7 +20,7 @@ X, Y = images(4, 64, dtype=torch.float64), torch.tensor([1, 2, 3, 4])
 def supernet_of(name='netaug_mbv2_tiny', from_stage=3, shared=True, **kwargs):
     supernet = randomise(augment(make(name, **kwargs), NetAugConfig(from_stage=from_stage)), 1).double().train()
     if not shared:
-        supernet.trunk.unwatch(supernet)
+        supernet.netaug_trunk.unwatch(supernet)
     return supernet
 
 
@@ -81,7 +81,7 @@ def test_trunk_runs_once():
     """Forward and backward; and the trunk keeps the tiny network's widths."""
     supernet = supernet_of()
     calls, backward_calls = [], []
-    for name in supernet.trunk.names:
+    for name in supernet.netaug_trunk.names:
         module = supernet.get_submodule(name)
         forward = module.forward
         module.forward = lambda *args, forward=forward, name=name: calls.append(name) or forward(*args)
@@ -102,10 +102,10 @@ def test_batch_fraction(early):
     result, grads, _ = step(supernet, batch_fraction=0.5, early_backward=early)
     with plain.shared_trunk() as trunk:
         output = plain(X)
-        kept = trunk.outputs['blocks.2'][0]
+        (count, kept), = trunk.outputs['blocks.2']
         with plain.active(plain.sample_widths(step_generator(42, 0))):
             aug = plain(X[:2])
-    assert kept.shape[0] == 4 and aug.shape[0] == 2 and len(output) == 4
+    assert count == kept.shape[0] == 4 and aug.shape[0] == 2 and len(output) == 4
     loss = nn.functional.cross_entropy(output, Y) + nn.functional.cross_entropy(aug, Y[:2])
     assert torch.equal(result['loss'].detach(), loss.detach())
     loss.backward()
@@ -137,7 +137,7 @@ def test_inside_a_detector(early):
         model.backbone = randomise(augment(model.backbone, NetAugConfig(from_stage=3)), 1)
         model.double().train()
         if not shared:
-            model.backbone.trunk.unwatch(model.backbone)
+            model.backbone.netaug_trunk.unwatch(model.backbone)
         task = NetAugTask(model, lambda output, _: sum(t.square().mean() for t in output), verbose=False,
                           early_backward=early and shared)
         result = task(X, None)
@@ -203,13 +203,27 @@ def test_copies(copied, inside):
     if copied is export:
         assert not any(m._forward_hooks for m in twin.modules()) and not hasattr(twin, 'trunk')
         return
-    assert isinstance(twin.trunk, SharedTrunk) and twin.trunk is not supernet.trunk and not twin.trunk.outputs
-    assert twin.trunk.names == supernet.trunk.names
+    assert isinstance(twin.netaug_trunk, SharedTrunk) and twin.netaug_trunk is not supernet.netaug_trunk and not twin.netaug_trunk.outputs
+    assert twin.netaug_trunk.names == supernet.netaug_trunk.names
     assert_same(step(supernet_of()), step(supernet_of()))
     with twin.shared_trunk() as trunk:
         twin(X)
-        assert set(trunk.outputs) == set(trunk.names) and not supernet.trunk.outputs
+        assert set(trunk.outputs) == set(trunk.names) and not supernet.netaug_trunk.outputs
     assert not trunk.outputs
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), export],
+                         ids=['copy', 'pickle', 'export'])
+def test_copies_made_in_an_augmented_pass(copied):
+    """They are the tiny network, and compute their trunk."""
+    supernet = supernet_of().eval()
+    want = supernet(3 * X)
+    with supernet.shared_trunk():
+        supernet(X)
+        with supernet.sampled(generator()):
+            twin = copied(supernet)
+    assert torch.equal(twin.eval()(3 * X), want)
+    assert not any('forward' in vars(m) for m in twin.modules())
 
 
 def test_an_error_leaves_nothing_behind():
@@ -220,7 +234,7 @@ def test_an_error_leaves_nothing_behind():
             with supernet.sampled(generator()):
                 assert 'forward' in vars(supernet.conv_stem)
                 raise KeyError
-    assert not any('forward' in vars(m) for m in supernet.modules()) and not supernet.trunk.outputs
+    assert not any('forward' in vars(m) for m in supernet.modules()) and not supernet.netaug_trunk.outputs
     assert_same(step(supernet_of()), step(supernet_of()))
 
 
@@ -254,7 +268,7 @@ def test_a_network_without_stages():
     with pytest.raises(ValueError, match='Own has no stages. Give the name of a module'):
         augment(Own(), NetAugConfig(from_stage=1), example_input=images(2, 32))
     supernet = augment(Own(), NetAugConfig(from_stage='out'), example_input=images(2, 32))
-    assert list(supernet.layout.channels) == ['out'] and supernet.trunk.names == ['stem', 'body']
+    assert list(supernet.layout.channels) == ['out'] and supernet.netaug_trunk.names == ['stem', 'body']
 
 
 def test_overwritten_activation_is_refused():
@@ -301,7 +315,7 @@ def test_script(few_digits, tmp_path):
     done = run_python(*command, '--experiment', 'whole')
     assert "'from_stage': 2" in done.stderr
     first = tmp_path / 'whole/checkpoint-0.pth.tar'
-    run_python(*command, '--experiment', 'resumed', '--resume', first)
+    run_python(*command, '--experiment', 'resumed', '--resume', first, fork=False)
     whole, resumed = (torch.load(tmp_path / n / 'last.pth.tar', weights_only=False) for n in ('whole', 'resumed'))
     assert whole['state_dict'].keys() == timm.create_model('test_efficientnet', num_classes=10).state_dict().keys()
     for part in ('state_dict', 'state_dict_ema'):
@@ -310,3 +324,141 @@ def test_script(few_digits, tmp_path):
     assert done.returncode == 1 and 'from_stage' in done.stderr and 'Traceback' not in done.stderr
     done = run_python(*command, '--netaug-from-stage', 9, '--experiment', 'none', check=False)
     assert done.returncode == 1 and '--netaug: from_stage=9: EfficientNet has the stages 0 to' in done.stderr
+
+
+class Stem(nn.Module):
+    """A stem that is written out, stages, and what a subclass does between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        for i in (1, 2):
+            setattr(self, f'layer{i}', self.stage())
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def stage(self):
+        return nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 1))
+
+    def forward(self, x):
+        return self.head(self.second(self.layer1(nn.functional.relu(self.bn1(self.conv1(x))))))
+
+    def second(self, x):
+        return self.layer2(x)
+
+
+class Tuple(Stem):
+    class Two(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x), x.shape[0]
+
+    def stage(self):
+        return Tuple.Two(*super().stage())
+
+    def second(self, x):
+        return self.layer2(x[0])[0]
+
+
+class Position(Stem):
+    """A stage has an argument whose first dimension is not the batch."""
+    class Shifted(nn.Sequential):
+        def forward(self, x, shift=0):
+            return super().forward(x + shift)
+
+    def stage(self):
+        return Position.Shifted(*super().stage())
+
+    def forward(self, x):
+        x = nn.functional.relu(self.bn1(self.conv1(x)))
+        x = self.layer1(x, torch.linspace(0, 1, x.shape[-1], dtype=x.dtype, device=x.device).view(1, 1, 1, -1))
+        return self.head(self.layer2(x))
+
+
+class Overwritten(Stem):
+    def second(self, x):
+        x.flatten(2).mul_(2)
+        return self.layer2(x)
+
+
+class Identical(Stem):
+    """One activation leaves the trunk through two modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.same = nn.Identity()
+
+    def second(self, x):
+        return self.layer2(self.same(x)) + x
+
+
+class Stashed(Stem):
+    """An activation leaves the trunk from within a module."""
+    class Keeps(nn.Sequential):
+        def forward(self, x):
+            self.kept = super().forward(x)
+            return self.kept * 2
+
+    def stage(self):
+        return Stashed.Keeps(*super().stage())
+
+    def second(self, x):
+        return self.layer2(x) + self.layer1.kept
+
+
+def own(kind):
+    torch.manual_seed(0)
+    return randomise(kind())
+
+
+@pytest.mark.parametrize('early', [False, True], ids=['one backward pass', 'early'])
+@pytest.mark.parametrize('kind', [Stem, Tuple, Position])
+def test_own_networks(kind, early):
+    results = []
+    for shared in (False, True):
+        supernet = augment(own(kind), NetAugConfig(from_stage=1), example_input=images(2, 16))
+        randomise(supernet, 1).double().train()
+        if not shared:
+            supernet.netaug_trunk.unwatch(supernet)
+        task = NetAugTask(supernet, lambda o, _: o.square().mean(), verbose=False, early_backward=early and shared)
+        result = task(X[..., :16, :16], None)
+        result['loss'].backward()
+        results.append((result, {n: p.grad for n, p in supernet.named_parameters()}, dict(supernet.named_buffers())))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize('kind, why', [
+    (Overwritten, "the output of 'layer1' is overwritten behind it"),
+    (Identical, r'1 activations go past it \(layer1, same\)'),
+    (Stashed, r'2 activations go past it \(layer1, of modules within\)'),
+])
+def test_own_networks_that_cannot_branch(kind, why):
+    with pytest.raises(ValueError, match=why):
+        augment(own(kind), NetAugConfig(from_stage=1), example_input=images(2, 16))
+
+
+@pytest.mark.parametrize('early', [False, True], ids=['one backward pass', 'early'])
+def test_hooks_of_a_feature_extractor(early):
+    """They see what the tiny pass goes on from; a feature map from within the trunk is refused."""
+    results = []
+    for shared in (False, True):
+        model = make('tf_efficientnet_lite0', features_only=True, out_indices=(2, 3, 4), num_classes=None,
+                     feature_cfg=dict(feature_cls='hook'))
+        supernet = randomise(augment(model, NetAugConfig(from_stage=3)), 1).double().train()
+        if not shared:
+            supernet.netaug_trunk.unwatch(supernet)
+        task = NetAugTask(supernet, lambda o, _: sum(f.square().mean() for f in o), verbose=False,
+                          early_backward=early and shared)
+        result = task(X, None)
+        result['loss'].backward()
+        assert len(result.pop('output')) == 3
+        results.append((result, {n: p.grad for n, p in supernet.named_parameters()}, dict(supernet.named_buffers())))
+    assert_same(*results)
+    inner = timm.create_model('tf_efficientnet_lite0', features_only=True, feature_location='expansion')
+    with pytest.raises(ValueError, match='activations go past it .*of modules within'):
+        augment(inner, NetAugConfig(from_stage=3))
+
+
+def test_checkpointing_that_is_on_already():
+    model = make('mobilenetv2_035')
+    model.set_grad_checkpointing(True)
+    supernet = augment(model, NetAugConfig(from_stage=3))
+    assert supernet.netaug_trunk.names == ['conv_stem', 'bn1', 'blocks.0', 'blocks.1', 'blocks.2']

@@ -85,6 +85,8 @@ class _KnownGradient(torch.autograd.Function):
             if known is None:
                 continue
             if full[i] is not None:
+                # The tensor is ours to write into, because a stand-in is read as a slice or by a convolution, whose
+                # gradients are new tensors.
                 full[i][slices].addcmul_(known, grad)
             elif known.shape == shape:
                 full[i] = known * grad

@@ -3,7 +3,7 @@
 The network is run once without computing anything (on PyTorch's meta device), and its channels are followed from
 operator to operator. A dense convolution writes a new channel set. Depthwise convolutions, norms, activations and
 pooling pass it on; sums and products tie two sets together. Where channels cannot be followed, the result is lost: the
-network is refused if a layer with weights reads it.
+network is refused if a layer with weights reads it, because a part of it would not be augmented without anyone knowing.
 """
 import math
 from collections import Counter
@@ -101,7 +101,8 @@ def _order(op: str, a: Dict[str, Any], before: Sequence[int], after: Sequence[in
 def _message(modules: Mapping[str, nn.Module], name: str, why: str) -> str:
     what = f"module '{name}' of type" if name else 'it is of type'
     return (f'NetAug cannot augment this model: {what} {type(modules[name]).__name__}, which {why}.'
-            f' Supported types: {", ".join(dict.fromkeys(t.__name__ for t in ELASTIC))}.')
+            f' Supported types: {", ".join(dict.fromkeys(t.__name__ for t in ELASTIC))}.'
+            f' Augment a part of the model that does without it.')
 
 
 def _check(model: nn.Module) -> None:

@@ -86,7 +86,7 @@ def stages(
             supernet = augment(model, dataclasses.replace(config, from_stage=number))
         except ValueError:  # more than one activation crosses this branch
             continue
-        trunk = supernet.trunk.names
+        trunk = supernet.netaug_trunk.names
         behind = [n for n in macs if not any(n.startswith(f'{name}.') for name in trunk)]
         shares = {n: _OF_MACS * macs[n] / total for n in behind}, {
             n: _OF_ACTIVATIONS * sizes[n] / sum(sizes.values()) for n in behind}

@@ -36,12 +36,12 @@ class SuperNet(Mixed):
         netaug_config: The resolved `NetAugConfig`.
         layout: The channels that can be augmented (see `graph.Layout`).
         max_widths: Channels of every set in the whole super-network, by name.
-        trunk: What lies before the branch of `NetAugConfig.from_stage`.
+        netaug_trunk: What lies before the branch of `NetAugConfig.from_stage`.
     """
     netaug_config: NetAugConfig
     layout: Layout
     max_widths: Dict[str, int]
-    trunk: SharedTrunk
+    netaug_trunk: SharedTrunk
 
     def sample_widths(self, generator: torch.Generator, expand_only: bool = False) -> Dict[str, int]:
         """Draw the widths of an augmented sub-network (section 3.2 of the paper).
@@ -83,7 +83,7 @@ class SuperNet(Mixed):
         try:
             for layer, (attribute, value) in state.items():
                 setattr(layer, attribute, value)
-            with self.trunk.recalled(self):
+            with self.netaug_trunk.recalled(self):
                 yield widths
         finally:
             for layer, value in before.items():
@@ -99,15 +99,15 @@ class SuperNet(Mixed):
     @contextmanager
     def shared_trunk(self, cut: bool = False) -> Iterator[SharedTrunk]:
         """Compute the trunk once within the block: an augmented pass goes on from what the tiny pass computed, for its
-        leading images if it sees fewer. The tiny pass comes first, and once. Without `NetAugConfig.from_stage` there is
-        no trunk, and nothing is shared.
+        leading images if it sees fewer. The tiny pass comes first, and once; `backward()` comes after `sampled` or
+        `active`. Without `NetAugConfig.from_stage` there is no trunk, and nothing is shared.
 
         Args:
             cut: Let the tiny pass go on from a copy of the crossing activation that has no graph, so that its gradient
                 can be taken at once (see `early_backward`); the yielded trunk has both in `crossing`.
         """
-        with self.trunk.opened(cut):
-            yield self.trunk
+        with self.netaug_trunk.opened(cut):
+            yield self.netaug_trunk
 
     def check_widths(self, widths: Mapping[str, int]) -> Dict[str, int]:
         """Return widths as a dict in forward order.
@@ -195,6 +195,7 @@ class SuperNet(Mixed):
     def __setstate__(self, state: Dict[str, Any]) -> None:
         """A copy is the tiny network, also one that is made inside `sampled`."""
         super().__setstate__(state)
+        self.netaug_trunk.forget(self)
         for c in self.layout.channels.values():
             for name in c.writers:
                 self.get_submodule(name).active_out = c.base
@@ -361,8 +362,8 @@ def _build(model: nn.Module, layout: Layout, config: NetAugConfig, trunk: Sequen
         layer.__class__ = ELASTIC[type(layer)]
         layer.set_up(tiny, calls)
     supernet.netaug_config, supernet.layout, supernet.max_widths = config, layout, max_widths
-    supernet.trunk = SharedTrunk(trunk)
-    supernet.trunk.watch(supernet)
+    supernet.netaug_trunk = SharedTrunk(trunk)
+    supernet.netaug_trunk.watch(supernet)
     supernet.set_grad_checkpointing(_take_over_checkpointing(supernet))
     return supernet
 
@@ -440,7 +441,7 @@ def export(module: nn.Module, widths: Optional[Mapping[str, int]] = None) -> nn.
     }
     model = _rebuild(supernet, tensors)
     model.set_grad_checkpointing(False)
-    model.trunk.unwatch(model)
+    model.netaug_trunk.unwatch(model)
     for attribute in SuperNet.__annotations__:
         del model.__dict__[attribute]
     for key in layout.layers:

@@ -3,10 +3,11 @@
 `find_trunk` finds the modules that lie before a branch. `SharedTrunk` remembers what they compute in the tiny pass, and
 gives that again in an augmented pass.
 """
+import re
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
-from typing import Any, Dict, Iterator, List, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -22,17 +23,26 @@ def stage_names(model: nn.Module) -> List[str]:
     """List the stages of a network: the children of its `blocks` or `stages`, or `layer1`, `layer2` and so on. Empty
     for a network that has none of these."""
     for name, module in model.named_modules():
+        children = [f'{name}.{child}'.lstrip('.') for child, _ in module.named_children()]
         if name.rpartition('.')[2] in ('blocks', 'stages') and isinstance(module, (nn.Sequential, nn.ModuleList)):
-            return [f'{name}.{child}' for child, _ in module.named_children()]
-        layers = [f'{name}.{child}'.lstrip('.') for child, _ in module.named_children()
-                  if child.startswith('layer') and child[5:].isdigit()]
-        if layers:
+            return children
+        layers = [child for child in children if re.fullmatch(r'layer\d+', child.rpartition('.')[2])]
+        if len(layers) > 1:
             return layers
     return []
 
 
+class _Operator(NamedTuple):
+    """An operator of a forward pass."""
+    time: int
+    stack: Tuple[str, ...]  # the modules that are being called
+    inputs: Set[int]  # ids of tensors, as `outputs`
+    outputs: Set[int]
+    written: Set[int]  # memory that it writes into
+
+
 class _Calls(TorchDispatchMode):
-    """Records which modules of a network make activations, and which modules use them."""
+    """Records which modules of a network make activations, and which operators use them."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -41,12 +51,12 @@ class _Calls(TorchDispatchMode):
         self.first: Dict[str, int] = {}  # by module: when its first call begins
         self.last: Dict[str, int] = {}  # by module: when its last call ends
         self.calls: Dict[str, int] = {}
-        self.made: List[Tuple[str, Set[int]]] = []  # a call of a module, and the ids of the tensors that it returns
-        self.used: List[Tuple[Tuple[str, ...], Set[int], Set[int]]] = []  # where, which tensors, which are overwritten
+        self.made: List[Tuple[str, Dict[int, int]]] = []  # a call of a module; its tensors by id, and their memory
+        self.operators: List[_Operator] = []
         self.alive: List[Any] = []  # so that no id is used twice
         for name, module in model.named_modules():
-            module.register_forward_pre_hook(partial(self.enter, name))
-            module.register_forward_hook(partial(self.leave, name))
+            module.register_forward_pre_hook(partial(self.enter, name), prepend=True)
+            module.register_forward_hook(partial(self.leave, name), prepend=True)
 
     def enter(self, name: str, *_: Any) -> None:
         self.stack.append(name)
@@ -57,44 +67,67 @@ class _Calls(TorchDispatchMode):
         self.time += 1
         self.last[name] = self.time
         self.calls[name] = self.calls.get(name, 0) + 1
-        self.made.append((name, {id(t) for t in tree_leaves(output) if isinstance(t, torch.Tensor)}))
+        self.made.append((name, {id(t): _memory(t) for t in _tensors(output)}))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         self.time += 1
         self.alive += tree_leaves(output)
-        values = [*zip(function._schema.arguments, args), *((None, v) for v in (kwargs or {}).values())]
-        written = {id(v) for a, v in values if a is not None and a.alias_info is not None and a.alias_info.is_write}
-        inputs = {id(t) for _, v in values for t in tree_leaves(v) if isinstance(t, torch.Tensor)}
-        self.used.append((tuple(self.stack), inputs, written))
+        written = {_memory(t) for a, value in zip(function._schema.arguments, args)
+                   if a.alias_info is not None and a.alias_info.is_write for t in _tensors(value)}
+        self.operators.append(_Operator(
+            self.time, tuple(self.stack), {id(t) for t in _tensors((args, kwargs))}, {id(t) for t in _tensors(output)},
+            written))
         return output
 
     def trunk(self, branch: str, outputs: Set[int]) -> Tuple[List[str], str]:
-        """Return the outermost modules before a branch, the one whose output goes on to the branch last; and why the
-        branch cannot be shared, where it cannot.
+        """Return the outermost modules before a branch, the one whose output crosses it last; and why the branch cannot
+        be shared, where it cannot.
 
         Args:
             outputs: Ids of the tensors that the network returns.
         """
-        done = {name for name, last in self.last.items() if last <= self.first[branch]}
-        trunk = [n for n in self.first if n in done and not any(
-            n.startswith(f'{other}.') for other in done if other != n)]
+        begin = self.first[branch]
+        done = {name for name, last in self.last.items() if last <= begin}
+        trunk = [n for n in self.first if n in done and not any(n.startswith(f'{other}.') for other in done)]
         if not trunk:
             return [], 'no module lies before it'
-        makers = {i: name for name, ids in self.made if name in trunk for i in ids}
-        leaving, written = set(outputs) & set(makers), set()
-        for stack, inputs, overwritten in self.used:
-            if not done.intersection(stack):
-                leaving |= inputs & set(makers)
-                written |= overwritten & set(makers)
-        names = sorted({makers[i] for i in leaving})
-        if len(leaving) != 1:
-            return [], f'{len(leaving)} activations go past it ({", ".join(names) or "none"})'
-        if written:
+        makers: Dict[int, Set[str]] = {}  # of tensors that are made in the trunk: the outermost modules
+        whole, memory = set(), {}  # those of them that such a module returns
+        for name, tensors in self.made:
+            outer = next((n for n in trunk if f'{name}.'.startswith(f'{n}.')), None)
+            for i in tensors if outer else ():
+                makers.setdefault(i, set()).add(outer)
+                memory[i] = tensors[i]
+                whole |= {i} if name == outer else set()
+        leaving, written = outputs & set(makers), set()
+        comes_from = {i: {i} for i in makers}  # also through operators between the modules of the trunk
+        for op in self.operators:
+            if done.intersection(op.stack):
+                continue
+            origins = set().union(*(comes_from.get(i, set()) for i in op.inputs))
+            written |= op.written
+            if op.time <= begin:
+                comes_from.update({i: origins for i in op.outputs if origins})
+            else:
+                leaving |= origins
+        names = sorted(set().union(*(makers[i] for i in leaving)))
+        if len(leaving) != 1 or not leaving <= whole or len(names) != 1:
+            where = f'{", ".join(names) or "none"}{"" if leaving <= whole else ", of modules within"}'
+            return [], f'{len(leaving)} activations go past it ({where})'
+        if written.intersection(memory[i] for i in leaving):
             return [], f"the output of '{names[0]}' is overwritten behind it"
         if self.calls[names[0]] > 1:
             return [], f"'{names[0]}' before it is called {self.calls[names[0]]} times"
         return [n for n in trunk if n != names[0]] + names, ''
+
+
+def _tensors(value: Any) -> List[torch.Tensor]:
+    return [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def find_trunk(model: nn.Module, inputs: Tuple[Any, ...], branch: Union[int, str]) -> List[str]:
@@ -114,22 +147,26 @@ def find_trunk(model: nn.Module, inputs: Tuple[Any, ...], branch: Union[int, str
         return []
     stages, modules = stage_names(model), dict(model.named_modules())
     if isinstance(branch, int):
-        if not stages:
-            raise ValueError(f'from_stage={branch}: {type(model).__name__} has no stages. Give the name of a module.')
         if branch >= len(stages):
-            raise ValueError(f'from_stage={branch}: {type(model).__name__} has the stages 0 to {len(stages) - 1}.')
+            known = f'the stages 0 to {len(stages) - 1}' if stages else 'no stages'
+            raise ValueError(f'from_stage={branch}: {type(model).__name__} has {known}. Give the name of a module.')
         branch = stages[branch]
     copied = to_meta(model)
+    for module in copied.modules():
+        if getattr(module, 'grad_checkpointing', False) is True:  # under which timm does not call some modules
+            module.grad_checkpointing = False
     calls = _Calls(copied)
     with torch.inference_mode(False), torch.no_grad(), calls:
-        outputs = {id(t) for t in tree_leaves(copied(*inputs))}
+        outputs = {id(t) for t in _tensors(copied(*inputs))}
+    called = [n for n in calls.first if n and list(modules[n].parameters())]
     if branch not in calls.first or not branch:
         known = 'is not called by its forward pass' if branch in modules else 'is no module of it'
+        some = [n for n in stages if n in calls.first] or called
         raise ValueError(f"from_stage: '{branch}' of {type(model).__name__} {known}. Name a module, such as"
-                         f' {", ".join(repr(n) for n in (stages or [n for n in calls.first if n])[:3])}.')
+                         f' {", ".join(map(repr, some[:3]))}.')
     trunk, why = calls.trunk(branch, outputs)
     if why:
-        distance = {n: abs(calls.first[n] - calls.first[branch]) for n in calls.first if list(modules[n].parameters())}
+        distance = {n: abs(calls.first[n] - calls.first[branch]) for n in called}
         nearest = [n for n in sorted(distance, key=distance.get) if not calls.trunk(n, outputs)[1]][:3]
         raise ValueError(f"from_stage: the network cannot branch before '{branch}', because {why}. The nearest modules"
                          f' that it can branch before: {", ".join(map(repr, nearest)) or "none"}.')
@@ -147,7 +184,7 @@ class SharedTrunk:
         self.names = list(names)
         self.is_open = False  # whether outputs are to be remembered
         self.cut = False  # whether the tiny pass goes on from copies of the crossing activations
-        self.outputs: Dict[str, List[Any]] = {}
+        self.outputs: Dict[str, List[Tuple[int, Any]]] = {}  # of every call, with the number of images
         self.crossing: List[Tuple[torch.Tensor, torch.Tensor]] = []  # activations, and the copies
 
     def __reduce__(self) -> tuple:  # a copy starts empty
@@ -155,8 +192,8 @@ class SharedTrunk:
 
     def watch(self, module: nn.Module) -> None:
         """Remember the outputs of a network's trunk from now on, within `opened`."""
-        for name in self.names:
-            module.get_submodule(name).register_forward_hook(_Remember(self, name))
+        for name in self.names:  # before other hooks, which then see the copy that the tiny pass goes on from
+            module.get_submodule(name).register_forward_hook(_Remember(self, name), prepend=True)
 
     def unwatch(self, module: nn.Module) -> None:
         """Remove what `watch` has added."""
@@ -178,12 +215,15 @@ class SharedTrunk:
         finally:
             self.is_open, self.outputs, self.crossing = False, {}, []
 
-    def remember(self, name: str, output: Any) -> Any:
-        self.outputs.setdefault(name, []).append(output)
-        if self.cut and name == self.names[-1]:
-            self.crossing.append((output, output.detach().requires_grad_(output.requires_grad)))
-            return self.crossing[-1][1]
-        return output
+    def remember(self, name: str, args: Any, output: Any) -> Any:
+        self.outputs.setdefault(name, []).append((_images(args), output))
+        return tree_map(self.copied, output) if self.cut and name == self.names[-1] else output
+
+    def copied(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.requires_grad:
+            return value
+        self.crossing.append((value, value.detach().requires_grad_()))
+        return self.crossing[-1][1]
 
     @contextmanager
     def recalled(self, module: nn.Module) -> Iterator[None]:
@@ -194,7 +234,7 @@ class SharedTrunk:
         is_open, self.is_open = self.is_open, False
         try:
             for m, outputs in modules.items():
-                m.forward = partial(_recall, cycle(outputs))
+                m.forward = _Recall(outputs)
             yield
         finally:
             self.is_open = is_open
@@ -202,6 +242,13 @@ class SharedTrunk:
                 del m.forward
                 if forward is not None:
                     m.forward = forward
+
+    def forget(self, module: nn.Module) -> None:
+        """Let the trunk of a network compute again, in a copy that was made within `recalled`."""
+        for name in self.names:
+            m = module.get_submodule(name)
+            if isinstance(vars(m).get('forward'), _Recall):
+                del m.forward
 
 
 class _Remember:
@@ -211,9 +258,33 @@ class _Remember:
         self.trunk, self.name = trunk, name
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self.trunk.remember(self.name, output) if self.trunk.is_open else output
+        return self.trunk.remember(self.name, args, output) if self.trunk.is_open else output
 
 
-def _recall(outputs: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-    images = min((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim), default=None)
-    return tree_map(lambda t: t[:images] if isinstance(t, torch.Tensor) else t, next(outputs))
+class _Recall:
+    """The forward method of a module in the trunk during an augmented pass."""
+
+    def __init__(self, outputs: Sequence[Tuple[int, Any]] = ()):
+        self.outputs = cycle(outputs)
+
+    def __reduce__(self) -> tuple:  # a copy holds no activations
+        return _Recall, ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        images, output = next(self.outputs)
+        fewer = _images(args)
+        return output if fewer == images else tree_map(partial(_leading_images, images, fewer), output)
+
+
+def _images(args: Any) -> int:
+    """Return the number of images that a module is called with: the first dimension of its first tensor."""
+    return next((len(t) for t in _tensors(args) if t.ndim), 0)
+
+
+def _leading_images(images: int, fewer: int, value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if not value.ndim or len(value) != images:
+        raise RuntimeError(f'The trunk returns a tensor of shape {tuple(value.shape)}, which cannot be taken for {fewer}'
+                           f' of {images} images: use batch_fraction=1.')
+    return value[:fewer]

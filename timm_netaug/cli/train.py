@@ -93,6 +93,18 @@ def start_of_epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, 1)).generate_state(1)[0])
 
 
+@contextmanager
+def _enough_values() -> Iterator[None]:
+    """Tell in a sentence what BatchNorm says of a batch that has no variance."""
+    try:
+        yield
+    except ValueError as e:
+        if 'more than 1 value per channel' not in str(e):
+            raise
+        raise UserError(f'BatchNorm needs more than one value per channel ({e}): use a larger --batch-size or'
+                        f' --img-size.') from e
+
+
 def train_one_epoch(
         epoch: int,
         task: TrainingTask,
@@ -147,7 +159,7 @@ def train_one_epoch(
             input = input.contiguous(memory_format=torch.channels_last)
 
         with nullcontext() if update else task.no_sync():
-            with autocast():
+            with autocast(), _enough_values():
                 result = task(input, target)
                 loss = result['loss'] / steps if steps > 1 else result['loss']
             if args.variable_batch_loss_scale != 'none':
@@ -229,6 +241,9 @@ def validate_epoch(args, task: TrainingTask, loader, evaluate_) -> Dict[str, flo
         evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader))
         description = 'Validate EMA' if ema else 'Validate'
         metrics = evaluate_(task.get_eval_model(ema=ema), evaluator=evaluator, description=description)
+        if not math.isfinite(metrics['loss']):
+            raise UserError(f'The validation loss is {metrics["loss"]}: try a lower rate. The checkpoints of the epochs'
+                            f' before are untouched.')
     return metrics
 
 
@@ -389,7 +404,7 @@ def train() -> None:
     optimizer = set_up_optimizer(args, task)
     if args.netaug:
         # Behind a shared trunk, the activations of both passes are few, and the gradients of one sum take less time.
-        task.early_backward = not getattr(optimizer, 'is_second_order', False) and not task.supernet.trunk.names
+        task.early_backward = not getattr(optimizer, 'is_second_order', False) and not task.supernet.netaug_trunk.names
     autocast, loss_scaler = mixed_precision(args, device), None
     if args.amp and device.type == 'cuda' and args.amp_dtype == 'float16':
         loss_scaler = NativeScaler(device=device.type)
