@@ -86,3 +86,14 @@ def test_keeps_one_tensor_less():
     x = torch.randn(4, 8, 16, 16, requires_grad=True)
     size = x.numel() * x.element_size()
     assert saved_bytes(norm, x) >= 3 * size and saved_bytes(fused, x) < 2.2 * size
+
+
+def test_one_value_per_channel_is_refused_as_by_pytorch():
+    """It has no variance: PyTorch raises an error, where the kernel gives NaN statistics."""
+    norm = BatchNormAct2d(4, act_layer=nn.ReLU)
+    x = torch.randn(1, 4, 1, 1)
+    with pytest.raises(ValueError, match='more than 1 value per channel') as want:
+        norm(x)
+    with pytest.raises(ValueError) as got:
+        batch_norm_relu(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, 0.1, 1e-5, None)
+    assert str(got.value) == str(want.value)

@@ -510,3 +510,23 @@ def test_synchronised_batchnorm(monkeypatch):
     synchronised.eval()(x)
     assert len(seen) == 2 * len(norms)
     assert type(export(synchronised)) is type(make('netaug_mbv3_035'))
+
+
+def test_optimizers_that_cannot_be_sorted():
+    """One that holds other parameters, and one whose state of a parameter is that of all."""
+    supernet = make_supernet(config=dict(width_mults=(1,)))
+    with pytest.raises(ValueError, match="SGD holds none of the super-network's parameters"):
+        supernet.sort_channels(torch.optim.SGD(make('test_resnet').parameters(), lr=0.1))
+    optimizer = torch.optim.LBFGS(supernet.parameters(), max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = supernet(images(2, 32)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    before = copy.deepcopy(supernet.state_dict())
+    with pytest.raises(ValueError, match="LBFGS keeps a '.*' for 'conv_stem.weight' that is of other parameters, too"):
+        supernet.sort_channels(optimizer)
+    assert all(torch.equal(before[k], v) for k, v in supernet.state_dict().items())

@@ -13,7 +13,7 @@ from timm.utils import check_batch_size_retry, decay_batch_step
 from tqdm import tqdm
 
 from .errors import UserError
-from .io.data import DataSource, check_split, class_names, open_dataset, watched
+from .io.data import DataSource, check_channels, check_split, class_names, open_dataset, watched
 from .labels import LabelEvaluator, read_real_labels, read_valid_labels
 
 __all__ = ['evaluate', 'evaluate_model', 'progress_bar']
@@ -118,6 +118,9 @@ def _open_split(
             raise UserError(f'The data set has classes that the model does not know: {", ".join(unknown[:5])}.')
         source = replace(source, class_map={name: i for i, name in enumerate(names)})
         dataset = open_dataset(source, split, **kwargs)
+    if classes and len(classes) == 1 < num_classes and not names:
+        raise UserError(f'The data set has one class, {classes[0]}, the model {num_classes}: the images of each class go'
+                        f' into a folder of their own.')
     if classes and len(classes) > num_classes:
         raise UserError(f'The data set has {len(classes)} classes, the model {num_classes}.')
     return dataset, None
@@ -201,11 +204,13 @@ def evaluate_model(
         model = model.to(memory_format=torch.channels_last)
     while True:
         real = read_real_labels(real_labels, dataset, num_classes) if real_labels else None
-        evaluator = LabelEvaluator(device, valid, real, metrics_avg)
+        evaluator, loader = LabelEvaluator(device, valid, real, metrics_avg), make_loader(batch_size=batch_size)
+        if not tf_preprocessing and naflex_max_seq_len is None:
+            check_channels(dataset, data_config['input_size'][0])
         try:
             metrics = evaluate(
                 compile(model),
-                make_loader(batch_size=batch_size),
+                loader,
                 evaluator,
                 device,
                 dtype=dtype,

@@ -67,5 +67,10 @@ def batch_norm_relu(
         x: Images (B, C, H, W).
         mean: Running mean (C,), which is updated, None for none; `var` likewise.
         limit: 6 for ReLU6, None for ReLU.
+
+    Raises:
+        ValueError: The batch has one value per channel, which has no variance.
     """
+    if x.numel() == x.shape[1]:  # as PyTorch refuses it, in its words
+        raise ValueError(f'Expected more than 1 value per channel when training, got input size {x.size()}')
     return _BatchNormReLU.apply(x, weight, bias, mean, var, momentum, eps, limit)

@@ -50,6 +50,19 @@ def permute_channels(
             module.since_sort = 0  # the tiny network is another function now
 
 
+def _check_optimizer(tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer of other parameters, and one whose state of a parameter reaches beyond it (L-BFGS)."""
+    held = {id(p) for group in optimizer.param_groups for p in group['params']}
+    if not any(id(t) in held for t in tensors.values()):
+        raise ValueError(f"{type(optimizer).__name__} holds none of the super-network's parameters, so that its state"
+                         f' cannot be sorted with them. Give the optimizer that trains the super-network.')
+    for name, tensor in tensors.items():
+        for key, state in optimizer.state.get(tensor, {}).items():
+            if isinstance(state, (list, tuple, dict)) or torch.is_tensor(state) and state.numel() > tensor.numel():
+                raise ValueError(f"{type(optimizer).__name__} keeps a '{key}' for '{name}' that is of other parameters,"
+                                 f' too, and cannot be sorted. Use another optimizer or NetAugTask(sort=False).')
+
+
 def to_permute(
         model: nn.Module,
         layout: Layout,
@@ -59,11 +72,13 @@ def to_permute(
     """List all tensors that channel sets run along, with the orders of their axes.
 
     Raises:
-        ValueError: The optimizer keeps a state that cannot be permuted.
+        ValueError: The optimizer keeps a state that cannot be permuted, or none of the parameters.
     """
     while hasattr(optimizer, '_base_optimizer'):  # timm's Lookahead
         optimizer = optimizer._base_optimizer
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if optimizer is not None:
+        _check_optimizer(tensors, optimizer)
     todo = []
     for name, axes in layout.axes.items():
         dims = {dim: orders[c.name] for dim, c in axes.items() if c.name in orders}

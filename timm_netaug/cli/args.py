@@ -372,7 +372,7 @@ def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
             raise UserError(f"Unknown key '{key}' (value {value!r}) in {path}; the nearest flag is"
                             f' --{near[0].replace("_", "-")}.')
         flag = (action.option_strings or ['--data-dir'])[-1]  # what the positional argument stands for
-        if value is None:
+        if value is None or value in ([], {}):  # as timm's own args.yaml has them for flags that were not given
             continue
         if isinstance(action, argparse._StoreTrueAction):
             if not isinstance(value, bool):
@@ -383,7 +383,7 @@ def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
             raise UserError(f"Key '{key}' in {path} has the value {value!r}, which {flag} does not take.")
         if isinstance(value, list) and action.nargs in (None, '?'):
             raise UserError(f"Key '{key}' in {path} has the value {value!r}; {flag} takes one value.")
-        if value == [] or isinstance(value, list) and any(str(v).startswith('--') for v in value):
+        if isinstance(value, list) and any(str(v).startswith('--') for v in value):
             raise UserError(f"Key '{key}' in {path} has the value {value!r}; {flag} takes a list of values.")
         values = [f'{k}={v!r}' for k, v in value.items()] if isinstance(value, dict) else \
             [str(v) for v in (value if isinstance(value, list) else [value])]
@@ -532,6 +532,27 @@ _CHOICES = {  # timm's parser takes any string here, and falls over it later
 }
 
 
+# Flag -> smallest and largest value, and whether the largest one is allowed itself.
+_RANGES = {
+    **dict.fromkeys(('smoothing', 'drop', 'drop_path', 'drop_connect', 'drop_block', 'model_ema_decay', 'momentum'),
+                    (0, 1, False)),
+    **dict.fromkeys(('hflip', 'vflip', 'reprob', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'mixup_prob',
+                     'mixup_switch_prob', 'bn_momentum', 'train_size_random_mix', 'bce_target_thresh', 'mean', 'std'),
+                    (0, 1, True)),
+}
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    for dest, (low, high, closed) in _RANGES.items():
+        value = getattr(args, dest, None)
+        for number in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+            if not low <= number <= high or (number == high and not closed) or (number == 0 and dest == 'std'):
+                hint = ' (pixels are from 0 to 1 here, not to 255)' if dest in ('mean', 'std') else ''
+                flag = dest.replace('_', '-')
+                wanted = f'from {low} to {high}' if closed else f'from {low} up to, but not, {high}'
+                raise UserError(f'--{flag} must be {"above 0, " if dest == "std" else ""}{wanted}, got {number:g}{hint}.')
+
+
 def _given(parser: argparse.ArgumentParser, args: argparse.Namespace, dests: Sequence[str]) -> Dict[str, str]:
     flags = {a.dest: a.option_strings[0] for a in parser._actions if a.option_strings}
     return {d: flags[d] for d in dests if getattr(args, d) != parser.get_default(d)}
@@ -604,6 +625,7 @@ def check_train_args(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     for dest, flag in _given(parser, args, _NEEDS).items():
         if not getattr(args, _NEEDS[dest]):
             raise UserError(f'{flag} does nothing without --{_NEEDS[dest].replace("_", "-")}.')
+    _check_ranges(args)
     _check_distillation(parser, args)
     _check_train_sizes(args)
     if args.amp and args.model_dtype not in (None, 'float32'):
@@ -677,6 +699,7 @@ def check_validate_args(parser: argparse.ArgumentParser, args: argparse.Namespac
         raise UserError(f'--fuser {args.fuser}: PyTorch has no nvFuser for TorchScript any more; there is --fuser te.')
     _check_values(parser, args, _VALIDATE_CHOICES, dict(
         batch_size=1, num_gpu=1, log_freq=1, naflex_max_seq_len=1, num_classes=1, img_size=1, seed=0, workers=0))
+    _check_ranges(args)
     for dest, needs in _VALIDATE_NEEDS.items():
         if dest in given and needs not in given:
             raise UserError(f'{flags[dest]} does nothing without {flags[needs]}.')

@@ -7,7 +7,7 @@ from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader, cre
 from torch.utils.data import IterableDataset
 
 from ..errors import UserError, first_line
-from ..io.data import check_split, class_names, open_dataset
+from ..io.data import check_channels, check_split, class_names, open_dataset
 from .args import data_source
 
 __all__ = ['set_up_loaders']
@@ -35,6 +35,9 @@ def set_up_loaders(args, data_config: Dict[str, Any], device: torch.device, dtyp
         odd = sorted(set(names) ^ set(eval_names))
         raise UserError(f'The two splits have different classes ({", ".join(odd[:5])}), so their labels would not'
                         f' agree: mend the folders, or give the classes with --class-map.')
+    if names and len(names) == 1 < args.num_classes:
+        raise UserError(f'The data set has one class, {names[0]}, the model {args.num_classes}: the images of each class'
+                        f' go into a folder of their own below {args.train_split}.')
     if names and len(names) > args.num_classes:
         raise UserError(f'The data set has {len(names)} classes, the model {args.num_classes}:'
                         f' add --num-classes {len(names)}.')
@@ -132,6 +135,7 @@ def set_up_loaders(args, data_config: Dict[str, Any], device: torch.device, dtyp
         )
     except (AssertionError, ValueError, TypeError) as e:
         raise UserError(f'The loaders cannot be built: {e}') from e
+    check_channels(dataset_eval, data_config['input_size'][0])
     if not len(loader_train):
         raise UserError(f'The train split has fewer images than a batch ({args.batch_size}): use a smaller -b.')
     return loader_train, loader_eval, mixup_fn, names

@@ -1,22 +1,32 @@
 """Data sets of timm's, opened with checks that training and evaluation share."""
 import atexit
+import importlib.util
 import logging
 import os
 import tempfile
 from dataclasses import dataclass
 from typing import Any, Iterator, List, Mapping, Optional, Union
 
+import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers import get_img_extensions
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch.utils.data import IterableDataset
 
-from ..errors import UserError
+from ..errors import UserError, first_line
+from .image_folder import label_by_class_folder
 
-__all__ = ['DataSource', 'class_names', 'open_dataset', 'check_split', 'watched']
+__all__ = ['DataSource', 'class_names', 'check_channels', 'check_split', 'open_dataset', 'watched']
 
 _logger = logging.getLogger(__name__)
 logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)  # it would tell of the same image in every epoch
 _PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+_PACKAGES = {  # that data sets of a type need: module, and what is installed for it
+    'hfds': (('datasets', 'datasets'),), 'hfids': (('datasets', 'datasets'),),
+    'tfds': (('tensorflow', 'tensorflow'), ('tensorflow_datasets', 'tensorflow-datasets')),
+    'wds': (('webdataset', 'webdataset'),),
+}
 _SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
 
@@ -72,10 +82,16 @@ class WatchedImages(ImageDataset):
     def _read(self, index: int) -> Any:
         """Read a sample without transforming it: what a transform raises is another matter."""
         transform, self.transform = self.transform, None
+        mode, self.input_img_mode = self.input_img_mode, None
         try:
-            return super().__getitem__(index)
+            image, *rest = super().__getitem__(index)
+            if mode and isinstance(image, Image.Image):
+                image = eight_bits(image).convert(mode)
+            return image, *rest
+        except OSError as e:  # of decoding
+            raise RuntimeError(str(e)) from e
         finally:
-            self.transform = transform
+            self.transform, self.input_img_mode = transform, mode
 
     def check(self) -> None:
         """Warn of unreadable images that were found since the last call.
@@ -97,6 +113,14 @@ class WatchedImages(ImageDataset):
         if new:
             _logger.warning(f'{len(self.unreadable)} of {len(self)} images cannot be read so far, and the next one'
                             f' stands in for each. New among them: {files}')
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Scale an image of 16 bits to 8, which Pillow's conversion would clip to white instead."""
+    if image.mode not in ('I', 'I;16', 'I;16B', 'I;16L', 'I;16N'):
+        return image
+    values = np.asarray(image)
+    return Image.fromarray((values >> 8 if values.max(initial=0) > 255 else values).astype(np.uint8))
 
 
 def _remove(path: str) -> None:
@@ -144,14 +168,20 @@ def open_dataset(source: DataSource, split: str, channels: int, **kwargs: Any) -
     name, root = source.dataset, source.data_dir
     if '/' in name and name.split('/')[0].lower() not in _PREFIXES:
         raise UserError(f'--dataset {name}: timm knows the types {", ".join(_PREFIXES)}, as in torch/cifar10.')
-    if root and not name and not os.path.isdir(root):
-        raise UserError(f'--data-dir: there is no folder {root}.')
+    if root and not name and not (os.path.isdir(root) or os.path.isfile(root) and root.endswith('.tar')):
+        raise UserError(f'--data-dir: there is no folder, and no .tar file, {root}.')
+    kind = name.split('/')[0].lower() if '/' in name else ''
+    if kind in ('torch', 'tfds', 'wds') and not root:
+        raise UserError(f'--dataset {name}: give the folder of the data set with --data-dir.')
+    for module, package in _PACKAGES.get(kind, ()):
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f'--dataset {name} needs {package}: pip install {package}.')
     try:
         dataset = create_dataset(
             name,
             root=root,
             split=split,
-            class_map=source.class_map,
+            class_map=source.class_map if name else None,  # of folders it is read below
             download=source.dataset_download,
             input_img_mode=source.input_img_mode or ('RGB' if channels == 3 else 'L'),
             input_key=source.input_key,
@@ -159,11 +189,31 @@ def open_dataset(source: DataSource, split: str, channels: int, **kwargs: Any) -
             trust_remote_code=source.dataset_trust_remote_code,
             **kwargs,
         )
-    except (RuntimeError, FileNotFoundError, AssertionError) as e:
-        raise UserError(f'The data set cannot be opened: {e}') from e
+    except Exception as e:  # of timm, and of the packages that it reads data sets with
+        raise UserError(f'The data set cannot be opened: {first_line(e)}.') from e
+    if type(getattr(dataset, 'reader', None)) is ReaderImageFolder:
+        label_by_class_folder(dataset.reader, source.class_map, source.input_key)
     if type(dataset) is ImageDataset:
         WatchedImages.watch(dataset)
     return dataset
+
+
+def check_channels(dataset: Any, channels: int) -> None:
+    """Refuse a data set whose images have another number of channels than the model's input. The first one is read.
+
+    Args:
+        dataset: With its transform for evaluation, which draws no random numbers.
+
+    Raises:
+        UserError: The numbers differ.
+    """
+    if isinstance(dataset, IterableDataset) or not len(dataset):
+        return
+    shape = getattr(dataset[0][0], 'shape', ())
+    found = shape[0] if len(shape) == 3 else 1
+    if len(shape) in (2, 3) and found != channels:
+        raise UserError(f'The images have {found} channel{"s" * (found > 1)}, the model\'s input {channels}: build it with'
+                        f' --in-chans {found}, or read images with --input-img-mode (L has 1 channel, RGB 3, RGBA 4).')
 
 
 def check_split(dataset: Any, data_dir: str, split: str, required: bool = True) -> None:

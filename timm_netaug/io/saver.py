@@ -1,8 +1,9 @@
 """Checkpoints of `train.py`, written so that a kill leaves none torn."""
 import os
 import shutil
-from typing import Optional
+from typing import Any, Dict, Optional
 
+from timm.task import TrainingTask
 from timm.utils import CheckpointSaver
 
 from ..errors import UserError, first_line
@@ -10,6 +11,21 @@ from .atomic import atomic_write, flush
 from .checkpoint import check_finite
 
 __all__ = ['AtomicSaver']
+
+
+class _ForOtherTools:
+    """A task whose weights are contiguous in checkpoints, whatever the memory format of the training: safetensors and
+    other tools take no others."""
+
+    def __init__(self, task: TrainingTask):
+        self.task = task
+
+    def get_checkpoint_state(self, **kwargs: Any) -> Dict[str, Any]:
+        state = self.task.get_checkpoint_state(**kwargs)
+        for key in ('state_dict', 'state_dict_ema'):
+            for name, tensor in state.get(key, {}).items():
+                state[key][name] = tensor.contiguous()
+        return state
 
 
 class AtomicSaver(CheckpointSaver):
@@ -22,6 +38,8 @@ class AtomicSaver(CheckpointSaver):
     _late = ()
 
     def save_checkpoint(self, epoch, metric=None):
+        if self.task is not None:
+            check_finite(self.task.get_checkpoint_state()['state_dict'], f'What has been trained in epoch {epoch}')
         self._late = []
         result = super().save_checkpoint(epoch, metric)
         for src, dst in self._late:
@@ -29,7 +47,9 @@ class AtomicSaver(CheckpointSaver):
         return result
 
     def _save(self, save_path, epoch, metric=None):
+        task = self.task
         try:
+            self.task = task and _ForOtherTools(task)
             super()._save(save_path, epoch, metric)
             flush(save_path)
         except (OSError, RuntimeError) as e:
@@ -38,6 +58,8 @@ class AtomicSaver(CheckpointSaver):
             if isinstance(e, RuntimeError) and 'inline_container' not in str(e) and 'StreamWriter' not in str(e):
                 raise  # not what torch.save makes of a full disk
             raise self.full(e, save_path) from e
+        finally:
+            self.task = task
 
     def full(self, error: Exception, path: Optional[str] = None) -> UserError:
         """Return the sentence for a file that cannot be written."""

@@ -1,0 +1,103 @@
+"""Folders of images: a class is a folder directly below the split.
+
+timm takes the innermost folder's name for the class. So sub-folders of a class (`cat/session1/`) would become classes of
+their own, and images that lie in no class folder one class without a name.
+"""
+import logging
+import os
+from collections import Counter
+from typing import Dict, List, Mapping, Optional, Union
+
+from PIL import Image
+from timm.data.readers import get_img_extensions
+from timm.data.readers.class_map import load_class_map
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.utils.misc import natural_key
+
+from ..errors import UserError, first_line
+
+__all__ = ['label_by_class_folder', 'read_class_map']
+
+_logger = logging.getLogger(__name__)
+_told = set()  # folders whose other files have been told of
+
+
+def label_by_class_folder(
+        reader: ReaderImageFolder,
+        class_map: Union[str, Mapping[str, int]] = '',
+        types: Optional[str] = None,
+) -> None:
+    """Give every image of timm's reader the class of the folder below the reader's root that it is in.
+
+    Files and folders whose names begin with a dot are left out. Image files of other formats than timm reads are counted
+    in a warning. The order is timm's.
+
+    Args:
+        class_map: Labels by name, or a text file of the names in label order; empty: the folders in their natural order.
+        types: File endings that are read, separated by semicolons; None for timm's.
+
+    Raises:
+        UserError: Images lie outside class folders, or a folder with images is not in the class map.
+    """
+    endings = set(types.split(';')) if types else get_img_extensions(as_set=True)
+    known = set(Image.registered_extensions()) - endings
+    flat, images, other = [], {}, Counter()
+    for folder, subfolders, files in os.walk(reader.root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith('.')]
+        name = os.path.relpath(folder, reader.root).split(os.sep)[0]
+        for file in files:
+            ending = os.path.splitext(file)[1].lower()
+            if file.startswith('.'):
+                continue
+            if ending in endings:
+                (flat if name == os.curdir else images.setdefault(name, [])).append(os.path.join(folder, file))
+            elif ending in known:
+                other[ending] += 1
+    if flat:
+        raise UserError(f'{len(flat)} images lie directly in {reader.root} ({os.path.basename(min(flat))}): put each one'
+                        f' into the folder of its class, as in {os.path.join(reader.root, "CLASS", "IMAGE")}.')
+    if other and reader.root not in _told:
+        _told.add(reader.root)
+        kinds = ', '.join(f'{count} {ending}' for ending, count in sorted(other.items()))
+        _logger.warning(f'Image files of other formats than {" ".join(sorted(endings))} below {reader.root} are left'
+                        f' out: {kinds}. Convert them to use them.')
+    labels = read_class_map(class_map, reader.root) if class_map else {
+        name: i for i, name in enumerate(sorted(images, key=natural_key))}
+    missing = sorted(set(images) - set(labels))
+    if missing:
+        raise UserError(f'The class map has no entry for the folder {missing[0]} of {reader.root}'
+                        f'{f" and {len(missing) - 1} others" if missing[1:] else ""}, whose images would be left out:'
+                        f' add the names, or remove the folders.')
+    reader.class_to_idx = labels
+    reader.samples = sorted(
+        ((path, labels[name]) for name, paths in images.items() for path in paths), key=lambda s: natural_key(s[0]))
+    if not reader.samples:
+        raise UserError(f'There are no images in the class folders of {reader.root}.')
+
+
+def read_class_map(class_map: Union[str, Mapping[str, int]], root: str) -> Dict[str, int]:
+    """Return labels by class name.
+
+    Args:
+        class_map: Such a mapping; or a text file with a name on each line in label order (`NAME`, or `LABEL NAME` with
+            the labels counted from 0 on each line), also one of timm's .pkl files; the file may lie below `root`.
+
+    Raises:
+        UserError: There is no such file, or two lines have one name.
+    """
+    if not isinstance(class_map, str):
+        return dict(class_map)
+    path = class_map if os.path.exists(class_map) else os.path.join(root, class_map)
+    if not class_map.endswith('.txt') or not os.path.exists(path):
+        try:
+            return dict(load_class_map(class_map, root))
+        except Exception as e:  # whatever timm finds wrong
+            raise UserError(f'--class-map {class_map}: {first_line(e)}.') from e
+    with open(path, encoding='utf-8-sig') as f:
+        lines: List[str] = [line.strip() for line in f if line.strip()]
+    if all(line.split(None, 1)[0] == str(i) and ' ' in line for i, line in enumerate(lines)):
+        lines = [line.split(None, 1)[1] for line in lines]
+    twice = [name for name, count in Counter(lines).items() if count > 1]
+    if twice:
+        raise UserError(f'--class-map {class_map}: the name {twice[0]} stands there twice.')
+    return {name: i for i, name in enumerate(lines)}
