@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time a training step: plain, with NetAug, and with a teacher, in one run, as ratios to the plain step in channels-last.
+"""Time a training step: plain, with NetAug, and with a teacher, in one run, in plain channels-last steps.
 
     python benchmarks/step.py --img-size 64 --batch-size 64 --output benchmarks/results/step-cpu-64
     python benchmarks/step.py --paper-sizes --batch-size 32 --output benchmarks/results/step-cpu-paper
@@ -54,7 +54,8 @@ class Contender:
         if kind == 'netaug':
             network = timm_netaug.augment(stock, timm_netaug.NetAugConfig(**config))
             network.init_weights()
-            task = timm_netaug.NetAugTask(network.to(device), early_backward=early and not network.netaug_trunk.names, **common)
+            early = early and not network.netaug_trunk.names
+            task = timm_netaug.NetAugTask(network.to(device), early_backward=early, **common)
         elif kind == 'distillation':
             network = stock
             teacher = DistillationTeacher(timm.create_model(TEACHER).to(device), device=device)

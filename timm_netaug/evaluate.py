@@ -119,8 +119,8 @@ def _open_split(
         source = replace(source, class_map={name: i for i, name in enumerate(names)})
         dataset = open_dataset(source, split, **kwargs)
     if classes and len(classes) == 1 < num_classes and not names:
-        raise UserError(f'The data set has one class, {classes[0]}, the model {num_classes}: the images of each class go'
-                        f' into a folder of their own.')
+        raise UserError(f'The data set has one class, {classes[0]}, the model {num_classes}: the images of each class'
+                        f' go into a folder of their own.')
     if classes and len(classes) > num_classes:
         raise UserError(f'The data set has {len(classes)} classes, the model {num_classes}.')
     return dataset, None

@@ -285,6 +285,6 @@ def _leading_images(images: int, fewer: int, value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     if not value.ndim or len(value) != images:
-        raise RuntimeError(f'The trunk returns a tensor of shape {tuple(value.shape)}, which cannot be taken for {fewer}'
-                           f' of {images} images: use batch_fraction=1.')
+        raise RuntimeError(f'The trunk returns a tensor of shape {tuple(value.shape)}, which cannot be taken for'
+                           f' {fewer} of {images} images: use batch_fraction=1.')
     return value[:fewer]

@@ -536,9 +536,9 @@ _CHOICES = {  # timm's parser takes any string here, and falls over it later
 _RANGES = {
     **dict.fromkeys(('smoothing', 'drop', 'drop_path', 'drop_connect', 'drop_block', 'model_ema_decay', 'momentum'),
                     (0, 1, False)),
-    **dict.fromkeys(('hflip', 'vflip', 'reprob', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'mixup_prob',
-                     'mixup_switch_prob', 'bn_momentum', 'train_size_random_mix', 'bce_target_thresh', 'mean', 'std'),
-                    (0, 1, True)),
+    **dict.fromkeys(('hflip', 'vflip', 'reprob', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob',
+                     'mixup_prob', 'mixup_switch_prob', 'bn_momentum', 'train_size_random_mix',
+                     'bce_target_thresh', 'mean', 'std'), (0, 1, True)),
 }
 
 
@@ -550,7 +550,8 @@ def _check_ranges(args: argparse.Namespace) -> None:
                 hint = ' (pixels are from 0 to 1 here, not to 255)' if dest in ('mean', 'std') else ''
                 flag = dest.replace('_', '-')
                 wanted = f'from {low} to {high}' if closed else f'from {low} up to, but not, {high}'
-                raise UserError(f'--{flag} must be {"above 0, " if dest == "std" else ""}{wanted}, got {number:g}{hint}.')
+                wanted = f'above 0, {wanted}' if dest == 'std' else wanted
+                raise UserError(f'--{flag} must be {wanted}, got {number:g}{hint}.')
 
 
 def _given(parser: argparse.ArgumentParser, args: argparse.Namespace, dests: Sequence[str]) -> Dict[str, str]:

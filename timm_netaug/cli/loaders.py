@@ -36,8 +36,8 @@ def set_up_loaders(args, data_config: Dict[str, Any], device: torch.device, dtyp
         raise UserError(f'The two splits have different classes ({", ".join(odd[:5])}), so their labels would not'
                         f' agree: mend the folders, or give the classes with --class-map.')
     if names and len(names) == 1 < args.num_classes:
-        raise UserError(f'The data set has one class, {names[0]}, the model {args.num_classes}: the images of each class'
-                        f' go into a folder of their own below {args.train_split}.')
+        raise UserError(f'The data set has one class, {names[0]}, the model {args.num_classes}: the images of each'
+                        f' class go into a folder of their own below {args.train_split}.')
     if names and len(names) > args.num_classes:
         raise UserError(f'The data set has {len(names)} classes, the model {args.num_classes}:'
                         f' add --num-classes {len(names)}.')

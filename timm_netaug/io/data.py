@@ -212,8 +212,8 @@ def check_channels(dataset: Any, channels: int) -> None:
     shape = getattr(dataset[0][0], 'shape', ())
     found = shape[0] if len(shape) == 3 else 1
     if len(shape) in (2, 3) and found != channels:
-        raise UserError(f'The images have {found} channel{"s" * (found > 1)}, the model\'s input {channels}: build it with'
-                        f' --in-chans {found}, or read images with --input-img-mode (L has 1 channel, RGB 3, RGBA 4).')
+        raise UserError(f'The images have {found} channel{"s" * (found > 1)}, the model\'s input {channels}: build it'
+                        f' with --in-chans {found}, or read images with --input-img-mode (L: 1 channel, RGB: 3, RGBA: 4).')
 
 
 def check_split(dataset: Any, data_dir: str, split: str, required: bool = True) -> None:

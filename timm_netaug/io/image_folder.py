@@ -1,7 +1,7 @@
 """Folders of images: a class is a folder directly below the split.
 
-timm takes the innermost folder's name for the class. So sub-folders of a class (`cat/session1/`) would become classes of
-their own, and images that lie in no class folder one class without a name.
+timm takes the innermost folder's name for the class. So sub-folders of a class (`cat/session1/`) would become classes
+of their own, and images that lie in no class folder one class without a name.
 """
 import logging
 import os
@@ -29,8 +29,8 @@ def label_by_class_folder(
 ) -> None:
     """Give every image of timm's reader the class of the folder below the reader's root that it is in.
 
-    Files and folders whose names begin with a dot are left out. Image files of other formats than timm reads are counted
-    in a warning. The order is timm's.
+    Files and folders whose names begin with a dot are left out. Image files of formats that timm does not read are
+    counted in a warning. The order is timm's.
 
     Args:
         class_map: Labels by name, or a text file of the names in label order; empty: the folders in their natural order.
@@ -54,8 +54,8 @@ def label_by_class_folder(
             elif ending in known:
                 other[ending] += 1
     if flat:
-        raise UserError(f'{len(flat)} images lie directly in {reader.root} ({os.path.basename(min(flat))}): put each one'
-                        f' into the folder of its class, as in {os.path.join(reader.root, "CLASS", "IMAGE")}.')
+        raise UserError(f'{len(flat)} images lie directly in {reader.root} ({os.path.basename(min(flat))}): put each'
+                        f' one into the folder of its class, as in {os.path.join(reader.root, "CLASS", "IMAGE")}.')
     if other and reader.root not in _told:
         _told.add(reader.root)
         kinds = ', '.join(f'{count} {ending}' for ending, count in sorted(other.items()))
