@@ -32,9 +32,10 @@ def _report(info: Dict[str, Any], layers: bool) -> str:
             name, why = next(iter(info['netaug']['fixed'].items()))
             lines += [f'not augmented      {len(info["netaug"]["fixed"])} convolutions; {name}: {why}']
         if info['netaug']['stages']:
-            lines += ['', 'from stage  trunk, % of MACs  super-network  step, estimated, in plain ones  expansions']
+            lines += ['', 'Time of a training step with --netaug-from-stage, estimated, in steps without NetAug:',
+                      'from stage  trunk, % of MACs  super-network  widths and expansions  expansions alone']
         lines += [f'{row["from_stage"]:>10}  {100 * row["trunk_macs"]:>16.0f}  {row["parameters"]:>13,}'
-                  f'  {row["step"]:>29.1f}  {row["step_expand_only"]:>10.1f}' for row in info['netaug']['stages']]
+                  f'  {row["step"]:>21.1f}  {row["step_expand_only"]:>16.1f}' for row in info['netaug']['stages']]
     if layers:
         table = '{:{width}}  {:>15}  {:>13}  {:>12}  {:>10}'.format
         width = max(len(row['name']) for row in info['layers'])
