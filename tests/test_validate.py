@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.models import reparameterize_model
 
-from conftest import ROOT, make, make_supernet
+from conftest import ROOT, SMALL_RUN, make, make_supernet, run_python
 from timm_netaug import evaluate as evaluation
 from timm_netaug.cli import export as export_command
 from timm_netaug.cli import validate as script
@@ -559,3 +559,18 @@ def test_input_that_the_model_does_not_take(run, tmp_path):
     run_grey = RunDescription.from_model(grey, {**CONFIG, 'input_size': (1, 32, 32), 'mean': (0.3,), 'std': (0.35,)})
     torch.save(dict(state_dict=grey.state_dict(), args=argparse.Namespace(run=run_grey.to_dict())), path)
     assert run('--checkpoint', path, '--img-size', 64)['img_size'] == 64
+
+
+def test_image_mode_travels_with_the_model(few_digits, tmp_path):
+    """What the network was trained on is what it is validated on: from the checkpoint, and from the exported folder."""
+    command = ['train.py', '--data-dir', few_digits, *SMALL_RUN, '-b', 60, '-j', 0, '--epochs', 1, '--output', tmp_path]
+    run_python(*command, '--input-img-mode', 'HSV', '--experiment', 'run')
+    best = tmp_path / 'run/model_best.pth.tar'
+    run_python('-m', 'timm_netaug', 'export', best, tmp_path / 'out')
+    row = next(csv.DictReader((tmp_path / 'run/summary.csv').open()))
+    for source in (['--checkpoint', best], ['--model', f'local-dir:{tmp_path / "out"}'], ['--model', tmp_path / 'out']):
+        done = run_python('validate.py', *source, '--data-dir', few_digits, '-j', 0)
+        got = json.loads(done.stdout[done.stdout.index('{'):])
+        assert got['loss'] == pytest.approx(float(row['eval_loss']), rel=1e-4)
+    done = run_python('validate.py', '--checkpoint', best, '--data-dir', few_digits, '-j', 0, '--input-img-mode', 'RGB')
+    assert json.loads(done.stdout[done.stdout.index('{'):])['loss'] != got['loss']

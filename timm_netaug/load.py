@@ -2,7 +2,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch.nn as nn
 from timm import create_model
@@ -12,7 +12,7 @@ from timm.models import clean_state_dict, is_model, resolve_model_input_args
 from .errors import UserError, check_model_name, first_line
 from .fetch import local_name
 from .io.checkpoint import check_finite, count_classes, load_weights, read_checkpoint, read_weights
-from .io.folder import load_folder
+from .io.folder import image_mode, load_folder
 from .io.run import RunDescription
 
 __all__ = ['LoadedModel', 'load_model', 'read_run']
@@ -28,6 +28,7 @@ class LoadedModel:
         class_names: Names of its classes in label order, None where they are not known.
         run: The run of `train.py` that the weights are of, None for other weights.
         folder: The exported folder that it was read from, None for other sources.
+        input_img_mode: Pillow's mode that images are converted to, None for that of the model's channels.
     """
     model: nn.Module
     name: str
@@ -35,10 +36,12 @@ class LoadedModel:
     class_names: Optional[List[str]] = None
     run: Optional[RunDescription] = None
     folder: Optional[Path] = None
+    input_img_mode: Optional[str] = None
 
     def describe(self) -> RunDescription:
         """Return the description of the run, or for other weights that of the model alone."""
-        return self.run or RunDescription.from_model(self.model, self.data_config, self.class_names)
+        return self.run or RunDescription.from_model(
+            self.model, self.data_config, self.class_names, input_img_mode=self.input_img_mode)
 
 
 def _data_config(model: nn.Module, name: str, flags: Mapping[str, Any], **kwargs: Any) -> Dict[str, Any]:
@@ -48,11 +51,19 @@ def _data_config(model: nn.Module, name: str, flags: Mapping[str, Any], **kwargs
         raise UserError(f'{name} does not take such an input: {first_line(e)}.') from e
 
 
-def _create(name: str, pretrained: bool, flags: Mapping[str, Any], model_args: Mapping[str, Any]) -> nn.Module:
+def _create(
+        name: str,
+        pretrained: bool,
+        flags: Mapping[str, Any],
+        model_args: Mapping[str, Any],
+) -> Tuple[nn.Module, Optional[str]]:
+    """Build a model of a name; returns it with the mode of its images, where its config says one."""
     check_model_name(name)
     source = local_name(name, weights=pretrained)
     try:
-        return create_model(pretrained=pretrained, **resolve_model_input_args(source, flags, **model_args)).eval()
+        model = create_model(pretrained=pretrained, **resolve_model_input_args(source, flags, **model_args)).eval()
+        prefix, _, folder = source.partition(':')
+        return model, image_mode(folder) if prefix == 'local-dir' else None
     except Exception as e:  # whatever a constructor, a folder or the Hub find wrong
         told = ' '.join(str(e).split())[:300].rstrip('.')
         raise UserError(f'{name} cannot be {"loaded" if pretrained else "built"}: {told}.') from e
@@ -83,7 +94,7 @@ def _load_run(path: str, use_ema: Optional[bool], flags: Mapping[str, Any]) -> L
     if given:
         own = {k: v for k, v in config.items() if k != 'input_size' or not {'img_size', 'input_size'} & set(given)}
         config = _data_config(model, run.architecture, {**own, 'in_chans': config['input_size'][0], **given})
-    return LoadedModel(model, run.architecture, config, run.class_names, run)
+    return LoadedModel(model, run.architecture, config, run.class_names, run, None, run.input_img_mode)
 
 
 def _load_weights(
@@ -101,7 +112,7 @@ def _load_weights(
     check_model_name(model_name)
     if model_args.get('num_classes') is None:
         model_args['num_classes'] = count_classes(state_dict, model_name)
-    model = _create(model_name, pretrained, flags, model_args)
+    model, _ = _create(model_name, pretrained, flags, model_args)
     load_weights(model, state_dict, path)
     return model
 
@@ -136,11 +147,11 @@ def load_model(
     Raises:
         UserError: There is no such model, or its weights are broken or of another one.
     """
-    flags, name, folder = flags or {}, source, None
+    flags, name, folder, mode = flags or {}, source, None, None
     if os.path.isdir(source) and not is_model(source):
         if model_name or use_ema:
             raise UserError(f'{source} is an exported folder, which has one model: leave --model and --use-ema out.')
-        model, folder = load_folder(source, source), Path(source)
+        model, folder, mode = load_folder(source, source), Path(source), image_mode(source)
     elif model_name or _is_path(source):
         run = read_run(source)
         if run is not None and model_name not in (None, '', run.architecture):
@@ -149,7 +160,7 @@ def load_model(
             return _load_run(source, use_ema, flags)
         model, name = _load_weights(source, model_name, bool(use_ema), bool(pretrained), flags, model_args), model_name
     else:
-        model = _create(source, pretrained is not False, flags, model_args)
+        model, mode = _create(source, pretrained is not False, flags, model_args)
         check_finite(model.state_dict(), source)
     config = _data_config(model, name, flags, use_test_size=use_test_size)
-    return LoadedModel(model, name, config, (model.pretrained_cfg or {}).get('label_names'), folder=folder)
+    return LoadedModel(model, name, config, (model.pretrained_cfg or {}).get('label_names'), None, folder, mode)

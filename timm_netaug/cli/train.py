@@ -392,6 +392,7 @@ def train() -> None:
         names,
         ema=args.model_ema and not args.model_ema_force_cpu,  # then the metric is that of the moving average
         versions=versions(),
+        input_img_mode=args.input_img_mode,
     )
     model = to_train(args, model, config, device, dtype)
     set_up_lr(args)

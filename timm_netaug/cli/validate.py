@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any, Dict, List, Tuple
 
@@ -89,7 +90,7 @@ def validate_one(args: argparse.Namespace, parser: argparse.ArgumentParser, retr
     try:
         measured = evaluate_model(
             model,
-            data_source(args),
+            replace(data_source(args), input_img_mode=args.input_img_mode or subject.input_img_mode),
             args.split,
             data_config,
             num_classes,

@@ -18,7 +18,8 @@ from .atomic import atomic_write
 from .checkpoint import load_weights, read_weights
 from .run import RunDescription
 
-__all__ = ['CONFIG', 'WEIGHTS', 'MAX_CONFIG', 'check_config', 'copy_files', 'export_folder', 'load_folder']
+__all__ = ['CONFIG', 'WEIGHTS', 'MAX_CONFIG', 'check_config', 'copy_files', 'export_folder', 'image_mode',
+           'load_folder']
 
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 MAX_CONFIG = 8 << 20  # the names and descriptions of ImageNet-21K's classes have 2 MiB
@@ -66,6 +67,7 @@ def export_folder(
             folder,
             model_config=dict(
                 label_names=run.class_names,
+                **(dict(input_img_mode=run.input_img_mode) if run.input_img_mode else {}),
                 # What timm's config says of the pretrained weights it knows is not true of these.
                 pretrained_cfg=dict(tag=None, license=None, origin_url=None, paper_ids=None),
                 **(dict(timm_netaug=dict(facts)) if facts else {}),
@@ -81,6 +83,11 @@ def export_folder(
             cfg['pool_size'] = _pool_size(model, cfg['input_size'])
             config_file.write_text(json.dumps(config, indent=2), encoding='utf-8')
         copy_files(folder, out_dir)
+
+
+def image_mode(folder: Union[str, Path]) -> Optional[str]:
+    """Return Pillow's mode of the images that the model of a folder takes, None where its config names none."""
+    return json.loads(Path(folder, CONFIG).read_text(encoding='utf-8')).get('input_img_mode')
 
 
 def _check_numbers(value: Any, place: str) -> None:

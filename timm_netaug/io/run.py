@@ -23,6 +23,7 @@ class RunDescription:
         versions: Versions of the libraries, by name.
         netaug: Fields of `NetAugConfig` and `NetAugTraining`, None for a run without NetAug.
         metrics: The metric after every epoch so far.
+        input_img_mode: Pillow's mode that images were converted to, None for that of the model's channels.
     """
     architecture: str
     model_args: Dict[str, Any] = field(default_factory=dict)
@@ -32,6 +33,7 @@ class RunDescription:
     versions: Dict[str, str] = field(default_factory=dict)
     netaug: Optional[Dict[str, Any]] = None
     metrics: List[Optional[float]] = field(default_factory=list)
+    input_img_mode: Optional[str] = None
 
     @classmethod
     def from_model(
