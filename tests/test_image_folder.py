@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from timm_netaug.errors import UserError
-from timm_netaug.io.data import DataSource, check_channels, class_names, open_dataset
+from timm_netaug.io.data import DataSource, check_channels, check_split, class_names, open_dataset
 from timm_netaug.io.image_folder import read_class_map
 
 
@@ -133,3 +133,13 @@ def test_data_sets_that_cannot_be_opened(name, why, tmp_path, monkeypatch):
     monkeypatch.setattr('importlib.util.find_spec', lambda module: None)
     with pytest.raises(UserError, match=why):
         open_dataset(DataSource('' if 'mnist' in name else str(tmp_path), dataset=name), 'train', 3)
+
+
+def test_archive(folder, caplog):
+    """A .tar file is a data set, as for timm: both splits are all of its images."""
+    shutil.make_archive(str(folder / 'x'), 'tar', folder, 'train')
+    dataset = open_dataset(DataSource(str(folder / 'x.tar')), 'train', 3)
+    with caplog.at_level(logging.WARNING):
+        check_split(dataset, str(folder / 'x.tar'), 'train')
+    assert 'the train split is all of its images' in caplog.text
+    assert len(dataset) == 8 and class_names(dataset) is not None and dataset[0][0].mode == 'RGB'

@@ -151,7 +151,8 @@ def watched(loader: Any) -> Iterator[Any]:
 
 def class_names(dataset: Any) -> Optional[List[str]]:
     """Return the names of a data set's classes in label order, None where it has none."""
-    index = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
+    reader = getattr(dataset, 'reader', dataset)
+    index = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)  # the latter of archives
     return [str(name) for name in sorted(index, key=index.get)] if index else None
 
 
@@ -181,7 +182,7 @@ def open_dataset(source: DataSource, split: str, channels: int, **kwargs: Any) -
             name,
             root=root,
             split=split,
-            class_map=source.class_map if name else None,  # of folders it is read below
+            class_map=source.class_map if name or os.path.isfile(root) else None,  # of folders it is read below
             download=source.dataset_download,
             input_img_mode=source.input_img_mode or ('RGB' if channels == 3 else 'L'),
             input_key=source.input_key,
@@ -225,6 +226,10 @@ def check_split(dataset: Any, data_dir: str, split: str, required: bool = True) 
     Raises:
         UserError: There is no such folder, or one for a class without images in it.
     """
+    if os.path.isfile(data_dir):
+        if required:
+            _logger.warning(f'{data_dir} is one archive: the {split} split is all of its images.')
+        return
     root = getattr(getattr(dataset, 'reader', None), 'root', None)
     if root is None:
         return
