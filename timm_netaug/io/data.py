@@ -152,7 +152,7 @@ def watched(loader: Any) -> Iterator[Any]:
 def class_names(dataset: Any) -> Optional[List[str]]:
     """Return the names of a data set's classes in label order, None where it has none."""
     reader = getattr(dataset, 'reader', dataset)
-    index = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)  # the latter of archives
+    index = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)  # of archives
     return [str(name) for name in sorted(index, key=index.get)] if index else None
 
 
@@ -214,7 +214,7 @@ def check_channels(dataset: Any, channels: int) -> None:
     found = shape[0] if len(shape) == 3 else 1
     if len(shape) in (2, 3) and found != channels:
         raise UserError(f'The images have {found} channel{"s" * (found > 1)}, the model\'s input {channels}: build it'
-                        f' with --in-chans {found}, or read images with --input-img-mode (L: 1 channel, RGB: 3, RGBA: 4).')
+                        f' with --in-chans {found}, or read images with --input-img-mode (L: 1, RGB: 3, RGBA: 4).')
 
 
 def check_split(dataset: Any, data_dir: str, split: str, required: bool = True) -> None:
