@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Write which of timm's models NetAug takes, and why not the others.
+"""Write docs/models.md: which models of the EfficientNet and MobileNet families NetAug takes, and why not the others.
 
-    python docs/models.py           # docs/models.md: the EfficientNet and MobileNet families
-    python docs/models.py --others  # docs/other_models.md: timm's other networks, in about ten minutes
+    python docs/models.py
+
+Whether it takes another network, `python -m timm_netaug info NAME` tells.
 """
 import re
-import sys
-from collections import Counter
 from pathlib import Path
 from typing import Iterator, Optional, Tuple
 
@@ -16,7 +15,6 @@ import torch
 import timm_netaug
 
 PAGE = Path(__file__).with_suffix('.md')
-OTHERS = PAGE.with_name('other_models.md')
 MODULES = ('efficientnet', 'mobilenetv3')  # timm's model files
 REASONS = {  # type of the module that stands in the way -> what it is; the others are explained by the error itself
     'CondConv2d': 'conditional convolutions',
@@ -33,13 +31,9 @@ def names() -> list:
     return sorted(name for module in MODULES for name in timm.list_models(module=module))
 
 
-def others() -> list:
-    return sorted(set(timm.list_models()) - set(names()) - set(timm.list_models('netaug_*')))
-
-
-def classify(wanted=None) -> Iterator[Tuple[str, torch.nn.Module, Optional[timm_netaug.SuperNet], str]]:
+def classify() -> Iterator[Tuple[str, torch.nn.Module, Optional[timm_netaug.SuperNet], str]]:
     """Yield every name of the families with its model, its super-network or None, and why there is none."""
-    for name in names() if wanted is None else wanted:
+    for name in names():
         with torch.device('meta'):
             model = timm.create_model(name)
             try:
@@ -85,36 +79,7 @@ def page(rows: list) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def page_of_others(rows: list) -> str:
-    """Return the text for names outside the two families: the supported ones, and how many are refused for what."""
-    taken = [r for r in rows if r[2]]
-    reasons = Counter(why.partition(' (`')[0] for *_, wide, why in rows if not wide)
-    lines = [
-        "# timm's other networks that can be trained with `--netaug`",
-        '',
-        f'Written by `python docs/models.py --others` from timm {timm.__version__}: {len(taken)} of the {len(rows)} names',
-        'outside the EfficientNet and MobileNet families (docs/models.md) are supported.',
-        'Those of up to 6 M parameters, `resnet18` and `resnet50` are trained by the tests, the others only built.',
-        '',
-        '| model | parameters | super-network |',
-        '|---|---|---|',
-        *(f'| `{name}` | {params} | {wide} |' for name, params, wide, _ in taken),
-        '',
-        f'## Refused ({len(rows) - len(taken)})',
-        '',
-        '| models | because of |',
-        '|---|---|',
-        *(f'| {count} | {why} |' for why, count in reasons.most_common()),
-    ]
-    return '\n'.join(lines) + '\n'
-
-
 def main() -> None:
-    if '--others' in sys.argv[1:]:
-        rows = [(n, millions(m), millions(s) if s else '', why) for n, m, s, why in classify(others())]
-        OTHERS.write_text(page_of_others(rows))
-        print(f'{OTHERS}: {len(rows)} models, {sum(bool(r[2]) for r in rows)} supported.')
-        return
     rows = [(n, millions(m), millions(s) if s else '', why) for n, m, s, why in classify()]
     PAGE.write_text(page(rows))
     print(f'{PAGE}: {len(rows)} models, {sum(bool(r[2]) for r in rows)} supported.')

@@ -77,6 +77,33 @@ def test_same_step_with_checkpointing(early):
     assert_same(step(supernet_of(shared=False)), step(supernet, early_backward=early))
 
 
+def test_same_step_in_mixed_precision():
+    """Losses to the last bit; gradients are summed in bfloat16 at the branch, so they agree to its precision."""
+    results = []
+    for shared in (False, True):
+        supernet = supernet_of(shared=shared).float()
+        with torch.autocast('cpu', torch.bfloat16):
+            result = NetAugTask(supernet, verbose=False)(X.float(), Y)
+        result['loss'].backward()
+        results.append((result['loss'], supernet.blocks[1][0].conv_pw.weight.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(*(grad for _, grad in results), rtol=0, atol=0.03 * results[0][1].abs().max().item())
+
+
+@pytest.mark.parametrize('early', [False, True], ids=['one backward pass', 'early'])
+def test_same_accumulated_gradients(early):
+    results = []
+    for shared in (False, True):
+        supernet = supernet_of(shared=shared)
+        task = NetAugTask(supernet, verbose=False, early_backward=early and shared)
+        for seed in range(2):
+            result = task(images(4, 64, seed, dtype=torch.float64), Y)
+            (result['loss'] / 2).backward()
+        grads = {n: p.grad for n, p in supernet.named_parameters()}
+        results.append((result, grads, dict(supernet.named_buffers())))
+    assert_same(*results)
+
+
 def test_trunk_runs_once():
     """Forward and backward; and the trunk keeps the tiny network's widths."""
     supernet = supernet_of()
