@@ -153,6 +153,11 @@ def test_misspelt_flag(argv, near):
         parse_args(train_parser(), ['--data-dir', 'D', *argv])
 
 
+def test_unknown_flag_without_a_near_one():
+    with pytest.raises(UserError, match='Unknown flag --xyzzy; --help lists the flags.'):
+        parse_args(train_parser(), ['--data-dir', 'D', '--xyzzy', '3'])
+
+
 def test_yaml_says_what_flags_say(tmp_path):
     file = tmp_path / 'config.yaml'
     file.write_text('model: netaug_mcunet\nscale: [0.5, 1]\nnetaug: true\namp: false\nopt-kwargs: {nesterov: false}\n'

@@ -426,8 +426,9 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse
     args, unknown = parser.parse_known_args([*from_config, *rest])
     if unknown:
         flags = [s for a in parser._actions for s in a.option_strings]
-        near = difflib.get_close_matches(unknown[0].split('=')[0], flags, 1, 0)
-        raise UserError(f'Unknown flag {unknown[0]}; the nearest is {near[0]}.')
+        near = difflib.get_close_matches(unknown[0].split('=')[0], flags, 1, 0.75)
+        hint = f'the nearest is {near[0]}' if near else '--help lists the flags'
+        raise UserError(f'Unknown flag {unknown[0]}; {hint}.')
     typed = parser.parse_args(rest)
     if typed.data and typed.data_dir and typed.data != typed.data_dir:
         raise UserError(f'Two data sets given, {typed.data} and --data-dir {typed.data_dir}: leave one out.')

@@ -81,7 +81,8 @@ def check_resume(args, parser, run: RunDescription) -> List[Optional[float]]:
     checkpoint = read_checkpoint(args.resume)
     saved, there = checkpoint.get('args'), RunDescription.from_checkpoint(checkpoint)
     if there is None:
-        raise UserError(f'--resume: {args.resume} is not a checkpoint of train.py.')
+        raise UserError(f'--resume: {args.resume} is not a checkpoint of this train.py (of timm\'s own script, perhaps): go'
+                        f' on from its weights with --initial-checkpoint instead.')
     old, new = ({'architecture': r.architecture, **r.model_args, 'classes': r.class_names} for r in (there, run))
     changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
     if changed:

@@ -204,7 +204,7 @@ def validate() -> None:
             write_results(args.results_file, results, args.results_format)
     else:
         results = validate_bulk(args, parser, entries)
-    print(json.dumps(results, indent=2))
+    print(f'--result\n{json.dumps(results, indent=2)}')  # the mark that timm's script has before it
     if entries is not None and len(results) < len(entries):
         raise UserError(f'Interrupted after {len(results)} of {len(entries)} models.')
     failed = [row for row in results if 'error' in row] if entries is not None else []
