@@ -519,6 +519,13 @@ def test_readme_loop():
     assert type(tiny) is timm.models.EfficientNet and tiny.eval()(images(1, 64)).shape == (1, 10)
 
 
+def test_readme_network():
+    """The README's network of one's own, and its shared trunk."""
+    scope = dict()
+    exec(readme_block('own network'), scope)
+    assert [c.base for c in scope['supernet'].layout.channels.values()] == [16, 24]
+
+
 def test_epochs_without_validation(few_digits, tmp_path):
     """The columns of summary.csv stay in place, and a schedule by metric goes on with the last one measured."""
     run_python('train.py', '--data-dir', few_digits, '--model', 'netaug_mbv2_tiny', *SMALL, '--epochs', 3,

@@ -318,6 +318,8 @@ def init_weights(
 
 def _check_model(model: nn.Module) -> None:
     """Refuse modules that a super-network cannot be made of, whatever their channels."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f'augment() takes a module, got {model!r}: build it with timm.create_model(), say.')
     supernets = [(name, m) for name, m in model.named_modules() if isinstance(m, SuperNet)]
     if supernets:
         name, supernet = supernets[0]

@@ -114,7 +114,8 @@ class _Calls(TorchDispatchMode):
         names = sorted(set().union(*(makers[i] for i in leaving)))
         if len(leaving) != 1 or not leaving <= whole or len(names) != 1:
             where = f'{", ".join(names) or "none"}{"" if leaving <= whole else ", of modules within"}'
-            return [], f'{len(leaving)} activations go past it ({where})'
+            hint = ' (what is computed between modules, such as a sum, counts for each of its operands)'
+            return [], f'{len(leaving)} activations go past it ({where}){hint if len(leaving) > 1 else ""}'
         if written.intersection(memory[i] for i in leaving):
             return [], f"the output of '{names[0]}' is overwritten behind it"
         if self.calls[names[0]] > 1:
@@ -149,7 +150,9 @@ def find_trunk(model: nn.Module, inputs: Tuple[Any, ...], branch: Union[int, str
     if isinstance(branch, int):
         if branch >= len(stages):
             known = f'the stages 0 to {len(stages) - 1}' if stages else 'no stages'
-            raise ValueError(f'from_stage={branch}: {type(model).__name__} has {known}. Give the name of a module.')
+            also = 'one of them, or ' if stages else ''
+            raise ValueError(
+                f'from_stage={branch}: {type(model).__name__} has {known}. Give {also}the name of a module.')
         branch = stages[branch]
     copied = to_meta(model)
     for module in copied.modules():

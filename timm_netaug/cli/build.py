@@ -137,7 +137,8 @@ def to_train(args, model: nn.Module, config: Optional[Tuple[Any, Any]], device, 
                 model = timm_netaug.augment(model, config[0])
         except ValueError as e:
             flag = '--netaug-init' if args.netaug_init else '--netaug'
-            raise UserError(f'{flag}: {e} The models that it takes are listed in docs/models.md.') from e
+            listed = '' if str(e).startswith('from_stage') else ' The models that it takes are listed in docs/models.md.'
+            raise UserError(f'{flag}: {e}{listed}') from e
         if args.netaug and not (args.pretrained or args.pretrained_path or args.initial_checkpoint):
             model.init_weights(config[1].sort)
     _set_up_head(args, model)
