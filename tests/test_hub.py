@@ -230,7 +230,7 @@ def test_card(hub, model, few_digits, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(sys, 'argv', argv)
         capsys.readouterr()
         validate_command.validate()
-        return json.loads(capsys.readouterr().out)
+        return json.loads(capsys.readouterr().out.removeprefix('--result\n'))
 
     top1 = evaluate('--checkpoint', path, '--data-dir', few_digits)['top1']
     save(path, model, metric=top1 + 0.09)

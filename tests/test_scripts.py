@@ -308,7 +308,7 @@ def test_average_of_the_weights(few_digits, tmp_path, capsys, monkeypatch):
         for use in ([], ['--use-ema']):
             capsys.readouterr()
             call(validate.validate, '--checkpoint', run / 'last.pth.tar', '--data-dir', few_digits, '-j', 0, *use)
-            losses[bool(use)] = json.loads(capsys.readouterr().out)['loss']
+            losses[bool(use)] = json.loads(capsys.readouterr().out.removeprefix('--result\n'))['loss']
         row = list(csv.DictReader((run / 'summary.csv').open()))[-1]
         assert losses[not flags] == pytest.approx(float(row['eval_loss']), abs=1e-4)
         assert abs(losses[True] - losses[False]) > 0.01

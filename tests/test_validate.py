@@ -78,7 +78,7 @@ def run(monkeypatch, capsys, data):
         monkeypatch.setattr(script, 'setup_default_logging', lambda: None)  # a handler more with every call
         capsys.readouterr()
         script.validate()
-        return json.loads(capsys.readouterr().out)
+        return json.loads(capsys.readouterr().out.removeprefix('--result\n'))
     return call
 
 
@@ -303,7 +303,7 @@ def test_names(run, model, checkpoint, tmp_path, capsys, monkeypatch):
     assert bad == dict(model='no_such_model', error=bad['error']) and 'the nearest name is' in bad['error']
     with pytest.raises(UserError, match='3 of 3 models failed'):
         run('--model', 'netaug_*_035')
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out.removeprefix('--result\n'))
     assert len({r['model'] for r in rows}) == 3 and all('does not know: 0, 1' in r['error'] for r in rows)
     overlay = {'file': str(tmp_path / 'weights.pth'), 'num_classes': 10, 'label_names': None}
     torch.save(model.state_dict(), tmp_path / 'weights.pth')

@@ -70,8 +70,8 @@ class WatchedImages(ImageDataset):
             try:
                 image, *rest = self._read(index)
                 break
-            # timm makes the first of an OSError; Pillow raises the others for some kinds of damage.
-            except (RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError):
+            # timm makes the first of an OSError; Pillow raises all of the others for some kinds of damage.
+            except (RuntimeError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                 with open(self.notes, 'a', encoding='utf-8', errors='surrogateescape') as f:
                     f.write(f'{self.filename(index, absolute=True)}\n')
                 index = (index + 1) % len(self)
@@ -81,17 +81,20 @@ class WatchedImages(ImageDataset):
 
     def _read(self, index: int) -> Any:
         """Read a sample without transforming it: what a transform raises is another matter."""
-        transform, self.transform = self.transform, None
-        mode, self.input_img_mode = self.input_img_mode, None
-        try:
-            image, *rest = super().__getitem__(index)
-            if mode and isinstance(image, Image.Image):
-                image = eight_bits(image).convert(mode)
-            return image, *rest
-        except OSError as e:  # of decoding
-            raise RuntimeError(str(e)) from e
-        finally:
-            self.transform, self.input_img_mode = transform, mode
+        if self.load_bytes:
+            transform, self.transform = self.transform, None
+            try:
+                return super().__getitem__(index)
+            finally:
+                self.transform = transform
+        file, target, *features = self.reader[index]
+        with file:
+            image = eight_bits(Image.open(file)).convert(self.input_img_mode)
+        if target is None:
+            target = -1
+        elif self.target_transform is not None:
+            target = self.target_transform(target)
+        return (image, target) if self.additional_features is None else (image, target, *features)
 
     def check(self) -> None:
         """Warn of unreadable images that were found since the last call.
