@@ -424,7 +424,7 @@ def test_distillation_through_the_script(few_digits, teachers, tmp_path):
     (['--model', 'netaug_mcunet', '--resume', '/no/such.pth'], 'There is no checkpoint /no/such.pth'),
     (['--model', 'netaug_mcunet', '-b', 5000], 'fewer images than a batch'),
     (['--model', 'netaug_mcunet', '--epoch-repeats', 2], '--epoch-repeats is for iterable data sets alone'),
-    (['--model', 'netaug_mcunet', '--netaug', '--netaug-every', 7], 'at most the 11 updates of an epoch here'),
+    (['--model', 'netaug_mcunet', '--netaug', '--netaug-every', 13], 'at most the 12 updates of an epoch here'),
     (['--model', 'netaug_mcunet', '--opt', 'sgdd'], '--opt sgdd cannot be built: Optimizer sgdd not found'),
     (['--model', 'netaug_mcunet', '--sched', 'cosin'], "--sched cosin cannot be built: Unknown scheduler 'cosin'"),
     (['--model', 'netaug_mcunet', '--aa', 'v1'], '--aa v1 is no policy of timm, .*Unknown AA policy v1'),

@@ -372,7 +372,8 @@ def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
             raise UserError(f"Unknown key '{key}' (value {value!r}) in {path}; the nearest flag is"
                             f' --{near[0].replace("_", "-")}.')
         flag = (action.option_strings or ['--data-dir'])[-1]  # what the positional argument stands for
-        if value is None or value in ([], {}):  # as timm's own args.yaml has them for flags that were not given
+        # timm's own args.yaml has empty lists and mappings for flags of its that were not given.
+        if value is None or value in ([], {}) and not action.dest.startswith('netaug'):
             continue
         if isinstance(action, argparse._StoreTrueAction):
             if not isinstance(value, bool):
@@ -383,7 +384,7 @@ def _config_to_argv(parser: argparse.ArgumentParser, path: str) -> List[str]:
             raise UserError(f"Key '{key}' in {path} has the value {value!r}, which {flag} does not take.")
         if isinstance(value, list) and action.nargs in (None, '?'):
             raise UserError(f"Key '{key}' in {path} has the value {value!r}; {flag} takes one value.")
-        if isinstance(value, list) and any(str(v).startswith('--') for v in value):
+        if value == [] or isinstance(value, list) and any(str(v).startswith('--') for v in value):
             raise UserError(f"Key '{key}' in {path} has the value {value!r}; {flag} takes a list of values.")
         values = [f'{k}={v!r}' for k, v in value.items()] if isinstance(value, dict) else \
             [str(v) for v in (value if isinstance(value, list) else [value])]

@@ -173,7 +173,7 @@ def open_dataset(source: DataSource, split: str, channels: int, **kwargs: Any) -
     if '/' in name and name.split('/')[0].lower() not in _PREFIXES:
         raise UserError(f'--dataset {name}: timm knows the types {", ".join(_PREFIXES)}, as in torch/cifar10.')
     if root and not name and not (os.path.isdir(root) or os.path.isfile(root) and root.endswith('.tar')):
-        raise UserError(f'--data-dir: there is no folder, and no .tar file, {root}.')
+        raise UserError(f'--data-dir: there is no folder {root}.')
     kind = name.split('/')[0].lower() if '/' in name else ''
     if kind in ('torch', 'tfds', 'wds') and not root:
         raise UserError(f'--dataset {name}: give the folder of the data set with --data-dir.')
