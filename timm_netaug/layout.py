@@ -94,6 +94,8 @@ class Layout:
         Args:
             trunk: Names of modules.
         """
+        if not trunk:
+            return self
         channels: Dict[str, Channels] = {}
         for name, c in self.channels.items():
             if not any(f'{writer}.'.startswith(f'{module}.') for writer in c.writers for module in trunk):
