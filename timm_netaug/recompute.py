@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .layers import PASS_STATE
 
-__all__ = ['Mixed', 'mixed_with', 'set_recomputed']
+__all__ = ['Mixed', 'mixed_with', 'set_recomputed', 'switch_off_checkpointing']
 
 
 class Mixed:
@@ -56,6 +56,15 @@ class _Repeated:
     def __exit__(self, *exc: Any) -> None:
         for m, state in self.before:
             vars(m).update(state)
+
+
+def switch_off_checkpointing(module: nn.Module) -> bool:
+    """Switch timm's own gradient checkpointing off, which knows nothing of widths and calls blocks past their stages;
+    tell whether it was on."""
+    modules = [m for m in module.modules() if getattr(m, 'grad_checkpointing', False) is True]
+    for m in modules:
+        m.grad_checkpointing = False
+    return bool(modules)
 
 
 def set_recomputed(blocks: Iterable[nn.Module], enable: bool) -> None:

@@ -18,7 +18,7 @@ from .graph import trace
 from .layers import ELASTIC, STATE, Elastic, ElasticBatchNorm
 from .layout import Layout
 from .meta import shapes, to_meta
-from .recompute import Mixed, mixed_with, set_recomputed
+from .recompute import Mixed, mixed_with, set_recomputed, switch_off_checkpointing
 from .sorting import importance_orders, permute_channels, to_permute
 from .trunk import SharedTrunk, find_trunk
 
@@ -366,7 +366,7 @@ def _build(model: nn.Module, layout: Layout, config: NetAugConfig, trunk: Sequen
     supernet.netaug_config, supernet.layout, supernet.max_widths = config, layout, max_widths
     supernet.netaug_trunk = SharedTrunk(trunk)
     supernet.netaug_trunk.watch(supernet)
-    supernet.set_grad_checkpointing(_take_over_checkpointing(supernet))
+    supernet.set_grad_checkpointing(switch_off_checkpointing(supernet))
     return supernet
 
 
@@ -391,14 +391,6 @@ def _check_exact(supernet: SuperNet) -> None:
         raise ValueError(f'NetAug cannot augment this model: a wider {supernet.stock.__name__} does not have the'
                          f' channels that it should have, because its code contains or reads numbers of channels. Take'
                          f' the numbers from the shapes of its activations.{why}')
-
-
-def _take_over_checkpointing(supernet: nn.Module) -> bool:
-    """Switch timm's own gradient checkpointing off, which knows nothing of widths; tell whether it was on."""
-    modules = [m for m in supernet.modules() if getattr(m, 'grad_checkpointing', False) is True]
-    for module in modules:
-        module.grad_checkpointing = False
-    return bool(modules)
 
 
 def find_supernet(module: nn.Module) -> Tuple[str, SuperNet]:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .meta import to_meta
+from .recompute import switch_off_checkpointing
 
 __all__ = ['SharedTrunk', 'find_trunk', 'stage_names']
 
@@ -155,9 +156,7 @@ def find_trunk(model: nn.Module, inputs: Tuple[Any, ...], branch: Union[int, str
                 f'from_stage={branch}: {type(model).__name__} has {known}. Give {also}the name of a module.')
         branch = stages[branch]
     copied = to_meta(model)
-    for module in copied.modules():
-        if getattr(module, 'grad_checkpointing', False) is True:  # under which timm does not call some modules
-            module.grad_checkpointing = False
+    switch_off_checkpointing(copied)
     calls = _Calls(copied)
     with torch.inference_mode(False), torch.no_grad(), calls:
         outputs = {id(t) for t in _tensors(copied(*inputs))}

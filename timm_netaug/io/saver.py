@@ -14,14 +14,15 @@ __all__ = ['AtomicSaver']
 
 
 class _ForOtherTools:
-    """A task whose weights are contiguous in checkpoints, whatever the memory format of the training: safetensors and
-    other tools take no others."""
+    """A task whose weights are finite in checkpoints, and contiguous, whatever the memory format of the training:
+    safetensors and other tools take no others."""
 
     def __init__(self, task: TrainingTask):
         self.task = task
 
     def get_checkpoint_state(self, **kwargs: Any) -> Dict[str, Any]:
         state = self.task.get_checkpoint_state(**kwargs)
+        check_finite(state.get('state_dict', {}), 'What has been trained')
         for key in ('state_dict', 'state_dict_ema'):
             for name, tensor in state.get(key, {}).items():
                 state[key][name] = tensor.contiguous()
@@ -38,8 +39,6 @@ class AtomicSaver(CheckpointSaver):
     _late = ()
 
     def save_checkpoint(self, epoch, metric=None):
-        if self.task is not None:
-            check_finite(self.task.get_checkpoint_state()['state_dict'], f'What has been trained in epoch {epoch}')
         self._late = []
         result = super().save_checkpoint(epoch, metric)
         for src, dst in self._late:
@@ -71,8 +70,6 @@ class AtomicSaver(CheckpointSaver):
 
     def save_recovery(self, epoch, batch_idx=0):
         """Save in mid-epoch, if there is anything to go on with."""
-        if self.task is not None:
-            check_finite(self.task.get_checkpoint_state()['state_dict'], 'What has been trained')
         super().save_recovery(epoch, batch_idx)
 
     def _replace(self, src, dst):
