@@ -26,7 +26,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import random_seed
 
 from timm_netaug.cli.args import check_train_args, netaug_config, parse_args, train_parser
-from timm_netaug.cli.build import set_up_model, set_up_task, to_train
+from timm_netaug.cli.build import set_up_model, set_up_task, prepare_for_training
 from timm_netaug.cli.device import mixed_precision
 from timm_netaug.cli.loaders import set_up_loaders
 from timm_netaug.cli.train import set_up_device, set_up_lr, train_one_epoch
@@ -96,7 +96,7 @@ class Contender:
         data_config = resolve_input_data_config(model, args=vars(args))
         loader, *_ = set_up_loaders(args, data_config, self.device, torch.float32)
         self.loader = Timed(loader, min(batches, len(loader)))
-        model = to_train(args, model, config, self.device, torch.float32)
+        model = prepare_for_training(args, model, config, self.device, torch.float32)
         set_up_lr(args)
         self.task = set_up_task(args, model, None, data_config, self.device, torch.float32)
         self.optimizer = create_optimizer_v2(self.task.get_trainable_module(), **optimizer_kwargs(cfg=args))

@@ -92,16 +92,16 @@ def subset(data_dir: str, images_per_class: Optional[int]) -> str:
     source = Path(data_dir).resolve()
     root = HERE / 'runs' / 'data' / f'{source.name}-{images_per_class}'
     if not root.exists():
-        aside = Path(f'{root}.{os.getpid()}')
+        temporary = Path(f'{root}.{os.getpid()}')
         for folder in sorted((source / 'train').iterdir()):
-            (aside / 'train' / folder.name).mkdir(parents=True)
+            (temporary / 'train' / folder.name).mkdir(parents=True)
             for image in sorted(folder.iterdir())[:images_per_class]:
-                (aside / 'train' / folder.name / image.name).symlink_to(image.resolve())
-        (aside / 'validation').symlink_to(source / 'validation')
+                (temporary / 'train' / folder.name / image.name).symlink_to(image.resolve())
+        (temporary / 'validation').symlink_to(source / 'validation')
         try:
-            aside.rename(root)
+            temporary.rename(root)
         except OSError:  # another process was faster
-            shutil.rmtree(aside)
+            shutil.rmtree(temporary)
     if (root / 'validation').resolve() != (source / 'validation').resolve():
         sys.exit(f'{root} was made from {(root / "validation").resolve().parent}: delete it to use {source}.')
     return str(root)
@@ -179,9 +179,9 @@ def execute(run: Run, data_dir: str, lock: IO) -> bool:
         versions={k: v for k, v in versions.items() if k != 'command'},
     )
     run.result.with_suffix('.json').write_text(json.dumps(facts, indent=2) + '\n')
-    aside = run.result.with_suffix('.aside')
-    shutil.copyfile(summary, aside)
-    aside.rename(run.result)
+    temporary = run.result.with_suffix('.tmp')
+    shutil.copyfile(summary, temporary)
+    temporary.rename(run.result)
     print(f'{run.experiment}/{run.name}: {costs[-1]["seconds"]:.0f} s', flush=True)
     return True
 

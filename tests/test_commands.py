@@ -16,7 +16,7 @@ from timm_netaug.io.atomic import atomic_write
 from timm_netaug.io.checkpoint import read_checkpoint
 from timm_netaug.io.run import RunDescription
 from timm_netaug.load import load_model
-from timm_netaug.shipped import shipped_cfgs
+from timm_netaug.bundled import bundled_cfgs
 
 PACKAGE = ROOT / 'timm_netaug'
 COMMANDS = ['export', 'convert', 'hub', 'info']
@@ -147,7 +147,7 @@ def test_whatever_a_user_names(tmp_path, monkeypatch):
         assert (loaded.folder is not None) == (source == 'folder')
         assert loaded.data_config['input_size'] == ((3, 32, 32) if loaded.run else (3, 176, 176))
     name = 'netaug_mbv2_tiny.netaug_cifar10'
-    assert list(load_model(name).class_names) == list(shipped_cfgs()[name]['label_names'])
+    assert list(load_model(name).class_names) == list(bundled_cfgs()[name]['label_names'])
     assert load_model('netaug_mbv2_tiny', pretrained=False).class_names is None
 
 

@@ -268,7 +268,7 @@ def test_restart_after_a_lost_process(few_digits, tmp_path, monkeypatch):
     assert [r['epoch'] for r in rows] == ['0', '1', '2', '3']
     for left in ('tmp.pth.tar', 'recovery_tmp.pth.tar'):
         (run / left).unlink(missing_ok=True)
-    for file in [*run.glob('*.aside'), *run.glob('recovery-*')]:
+    for file in [*run.glob('*.tmp'), *run.glob('recovery-*')]:
         file.unlink()
     assert_same_run(tmp_path / 'whole/run', run)
     nameless = run_python(*torchrun, *command, '--output', tmp_path / 'no', check=False)

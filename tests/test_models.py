@@ -110,16 +110,16 @@ def test_kind_of_features(name):
 @pytest.mark.parametrize('kind', ['own', 'getter', 'list', 'dict', 'hook', 'fx'])
 @pytest.mark.parametrize('name', MODELS)
 def test_features_of_trained_weights(name, kind, tmp_path):
-    """They are the whole model's with the same weights: shipped ones, a folder's, and a reference checkpoint's."""
+    """They are the whole model's with the same weights: bundled ones, a folder's, and a reference checkpoint's."""
     x = images(2, 64)
     kwargs = dict(pretrained=True, features_only=True, **({} if kind == 'own' else dict(feature_cls=kind)))
-    shipped = timm.create_model(name, pretrained=True).eval()
-    want = shipped.forward_intermediates(x, intermediates_only=True)
+    bundled = timm.create_model(name, pretrained=True).eval()
+    want = bundled.forward_intermediates(x, intermediates_only=True)
     assert_equal_features(timm.create_model(name, **kwargs).eval()(x), want)
-    export_folder(shipped, tmp_path / 'folder', RunDescription.from_model(shipped, dict(input_size=(3, 64, 64))))
+    export_folder(bundled, tmp_path / 'folder', RunDescription.from_model(bundled, dict(input_size=(3, 64, 64))))
     assert_equal_features(timm.create_model(f'local-dir:{tmp_path / "folder"}', **kwargs).eval()(x), want)
-    names = reference_names(shipped)
-    torch.save({'state_dict': {names[k]: v for k, v in shipped.state_dict().items()}}, tmp_path / 'official.pth')
+    names = reference_names(bundled)
+    torch.save({'state_dict': {names[k]: v for k, v in bundled.state_dict().items()}}, tmp_path / 'official.pth')
     overlay = dict(file=str(tmp_path / 'official.pth'), num_classes=10)
     assert_equal_features(timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs).eval()(x), want)
 

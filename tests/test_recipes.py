@@ -20,7 +20,7 @@ from timm_netaug.card import model_card
 from timm_netaug.cli.args import FREE_FLAGS, check_train_args, netaug_config, parse_args, train_parser
 from timm_netaug.cli.build import set_up_model
 from timm_netaug.io.folder import check_config
-from timm_netaug.shipped import shipped_cfgs
+from timm_netaug.bundled import bundled_cfgs
 
 FOLDER = ROOT / 'hfconfigs'
 RECIPES = sorted(p.parent.name for p in FOLDER.glob('*/train.yaml'))
@@ -55,7 +55,7 @@ def published(recipe):
 def test_all_are_there():
     want = {f'{m}.{t}' for m in MODELS for t in ('in1k', 'netaug_in1k', 'in21kp', 'netaug_in21kp')}
     want |= {f'{m}.netaug_in1k_ft_{d}' for m in MODELS for d in list(CLASSES)[2:]}
-    assert len(PAPER) == 45 and set(PAPER) == want and len(RECIPES) == 46 + len(shipped_cfgs())
+    assert len(PAPER) == 45 and set(PAPER) == want and len(RECIPES) == 46 + len(bundled_cfgs())
 
 
 def test_as_generated():
@@ -167,4 +167,4 @@ def test_config_and_card(name):
 
 
 def test_cards_are_there():
-    assert len(CONFIGS) == 1 + len(shipped_cfgs()) and CONFIGS == sorted(p.parent.name for p in FOLDER.glob('*/README.md'))
+    assert len(CONFIGS) == 1 + len(bundled_cfgs()) and CONFIGS == sorted(p.parent.name for p in FOLDER.glob('*/README.md'))

@@ -77,7 +77,7 @@ def test_killed_at_any_moment(kill, undisturbed, few_digits, tmp_path):
     assert process.returncode == 0
     if not resumed:
         pytest.skip('the run was done before it could be killed')
-    for file in (tmp_path / 'run').glob('*.aside'):
+    for file in (tmp_path / 'run').glob('*.tmp'):
         file.unlink()  # what a kill cut short is left there
     for name in ('tmp.pth.tar', 'recovery_tmp.pth.tar'):
         (tmp_path / 'run' / name).unlink(missing_ok=True)

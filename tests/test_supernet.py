@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 import timm_netaug
 from conftest import MODELS, OTHERS, generator, images, make, make_supernet
 from timm_netaug import NetAugConfig, augment, export, layers
-from timm_netaug.layers import STATE, ElasticBatchNormAct2d
+from timm_netaug.layers import LAYER_STATE, ElasticBatchNormAct2d
 
 # Parameters of the whole super-network, in millions, with 1000 classes (measured on the reference implementation).
 SUPERNET_PARAMS = {
@@ -479,7 +479,7 @@ def test_gradient_checkpointing(name):
     checkpointed.set_grad_checkpointing()
     tiny = export(checkpointed)
     assert type(tiny.blocks) is torch.nn.Sequential and not tiny.grad_checkpointing
-    assert not {k for m in tiny.modules() for k in vars(m)} & set(STATE)
+    assert not {k for m in tiny.modules() for k in vars(m)} & set(LAYER_STATE)
 
 
 def test_synchronised_batchnorm(monkeypatch):

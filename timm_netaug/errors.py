@@ -6,7 +6,7 @@ from typing import Iterator
 
 from timm.models import is_model, list_models
 
-__all__ = ['UserError', 'check_model_name', 'first_line', 'told_plainly']
+__all__ = ['UserError', 'check_model_name', 'first_line', 'exit_on_user_error']
 
 
 class UserError(ValueError):
@@ -30,7 +30,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def told_plainly(program: str) -> Iterator[None]:
+def exit_on_user_error(program: str) -> Iterator[None]:
     """End a command with one sentence and a non-zero exit status where its input is wrong."""
     try:
         yield

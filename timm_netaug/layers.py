@@ -20,12 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .early_backward import leading
 from .fused_bn_relu import FUSED, batch_norm_relu
 
-__all__ = ['ELASTIC', 'PASS_STATE', 'STATE', 'Elastic', 'ElasticBatchNorm', 'ElasticConv2d', 'register_elastic',
+__all__ = ['ELASTIC', 'PASS_STATE', 'LAYER_STATE', 'Elastic', 'ElasticBatchNorm', 'ElasticConv2d', 'register_elastic',
            'statistics_kept']
 
 PASS_STATE = ('active_out', 'augmented')  # attributes of elastic layers that a forward pass depends on
 # All attributes of elastic layers that stock layers lack.
-STATE = (*PASS_STATE, 'calls', 'frozen', 'since_sort', 'synchronised', 'tiny_in', 'tiny_width')
+LAYER_STATE = (*PASS_STATE, 'calls', 'frozen', 'since_sort', 'synchronised', 'tiny_in', 'tiny_width')
 
 ELASTIC: Dict[type, type] = {}  # exact type of a stock layer -> its elastic class
 
@@ -49,16 +49,16 @@ class Elastic:
         """
         return new.fill_(1 if name in ('weight', 'running_var') else 0)
 
-    def set_up(self, tiny: Mapping[str, torch.Size], calls: int) -> None:
+    def make_elastic(self, tiny: Mapping[str, torch.Size], calls: int) -> None:
         """Prepare a layer for its first forward pass, after its tensors have been enlarged.
 
         Args:
             tiny: Shapes that its parameters and buffers had before, by name.
             calls: How often a forward pass of the network calls the layer.
         """
-        self.fit()
+        self.update_shapes()
 
-    def fit(self) -> None:
+    def update_shapes(self) -> None:
         """Let the attributes that hold numbers of channels follow the shapes of the tensors."""
 
 
@@ -108,13 +108,13 @@ class _ElasticConv(Elastic):
         weight = leading(self.weight, out, channels) if dense else leading(self.weight, out)
         return weight, None if self.bias is None else leading(self.bias, out), 1 if dense else channels
 
-    def set_up(self, tiny: Mapping[str, torch.Size], calls: int) -> None:
+    def make_elastic(self, tiny: Mapping[str, torch.Size], calls: int) -> None:
         self.tiny_in = tiny['weight'][1]
         if self.groups == 1:
             self.active_out = tiny['weight'][0]
-        self.fit()
+        self.update_shapes()
 
-    def fit(self) -> None:
+    def update_shapes(self) -> None:
         dense = self.groups == 1
         self.out_channels = self.weight.shape[0]
         self.in_channels = self.weight.shape[1] if dense else self.out_channels
@@ -218,13 +218,13 @@ class ElasticBatchNorm(Elastic):
             self.since_sort = None
         return max(mean_weight, momentum)
 
-    def set_up(self, tiny: Mapping[str, torch.Size], calls: int) -> None:
+    def make_elastic(self, tiny: Mapping[str, torch.Size], calls: int) -> None:
         self.tiny_width = next(iter(tiny.values()))[0]
         # Attributes of the instance from now on: what is compiled looks at where an attribute is, too.
         self.augmented, self.frozen, self.since_sort, self.calls = False, False, None, calls
-        self.fit()
+        self.update_shapes()
 
-    def fit(self) -> None:
+    def update_shapes(self) -> None:
         self.num_features = self.running_mean.shape[0] if self.weight is None else self.weight.shape[0]
 
 
@@ -270,7 +270,7 @@ class ElasticBlurPool2d(Elastic, BlurPool2d):
         x = F.pad(x, self.padding, mode=self.pad_mode)
         return F.conv2d(x, self.filt[:channels], stride=self.stride, groups=channels)
 
-    def fit(self) -> None:
+    def update_shapes(self) -> None:
         self.channels = self.filt.shape[0]
 
 
@@ -286,11 +286,11 @@ class _ElasticLinear(Elastic):
         # Contiguous, because autograd chooses the order of the weight gradient's sums by the strides of the weight.
         return F.linear(x, leading(self.weight, self.out_features, x.shape[-1]).contiguous(), self.bias)
 
-    def set_up(self, tiny: Mapping[str, torch.Size], calls: int) -> None:
+    def make_elastic(self, tiny: Mapping[str, torch.Size], calls: int) -> None:
         self.tiny_in = tiny['weight'][1]
-        self.fit()
+        self.update_shapes()
 
-    def fit(self) -> None:
+    def update_shapes(self) -> None:
         self.in_features = self.weight.shape[1]
 
 

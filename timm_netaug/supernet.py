@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from .config import NetAugConfig
 from .graph import trace
-from .layers import ELASTIC, STATE, Elastic, ElasticBatchNorm
+from .layers import ELASTIC, LAYER_STATE, Elastic, ElasticBatchNorm
 from .layout import Layout
 from .meta import shapes, to_meta
 from .recompute import Mixed, mixed_with, set_recomputed, switch_off_checkpointing
@@ -362,7 +362,7 @@ def _build(model: nn.Module, layout: Layout, config: NetAugConfig, trunk: Sequen
         tiny = {key: old[f'{name}.{key}'.lstrip('.')].shape for key in (*layer._parameters, *layer._buffers)
                 if getattr(layer, key) is not None}
         layer.__class__ = ELASTIC[type(layer)]
-        layer.set_up(tiny, calls)
+        layer.make_elastic(tiny, calls)
     supernet.netaug_config, supernet.layout, supernet.max_widths = config, layout, max_widths
     supernet.netaug_trunk = SharedTrunk(trunk)
     supernet.netaug_trunk.watch(supernet)
@@ -440,9 +440,9 @@ def export(module: nn.Module, widths: Optional[Mapping[str, int]] = None) -> nn.
         del model.__dict__[attribute]
     for key in layout.layers:
         layer = model.get_submodule(key)
-        layer.fit()
+        layer.update_shapes()
         layer.__class__ = type(layer).stock
-        for attribute in STATE:
+        for attribute in LAYER_STATE:
             layer.__dict__.pop(attribute, None)
     model.__class__ = supernet.stock
     if hasattr(model, '_model_args'):

@@ -20,7 +20,7 @@ from timm.models.mobilenetv3 import MobileNetV3, _create_mnv3
 
 from .config import NetAugConfig, register_defaults
 from .reference import checkpoint_filter_fn
-from .shipped import shipped_cfgs
+from .bundled import bundled_cfgs
 from .supernet import SuperNet, augment
 
 __all__ = []
@@ -102,7 +102,7 @@ default_cfgs = generate_default_cfgs({
     'netaug_mbv3_035': _cfg(160),
     'netaug_proxylessnas_035': _cfg(160),
     'netaug_mcunet': _cfg(176),
-    **shipped_cfgs(),
+    **bundled_cfgs(),
 })
 
 

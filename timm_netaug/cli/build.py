@@ -29,7 +29,7 @@ from ..reference import checkpoint_filter_fn
 from .args import netaug_config
 from .device import uses_channels_last
 
-__all__ = ['set_up_model', 'set_up_task', 'set_up_teacher', 'to_train']
+__all__ = ['set_up_model', 'set_up_task', 'set_up_teacher', 'prepare_for_training']
 
 _logger = logging.getLogger('train')
 
@@ -120,7 +120,7 @@ def _set_up_head(args, model: nn.Module) -> None:
         nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
 
 
-def to_train(args, model: nn.Module, config: Optional[Tuple[Any, Any]], device, dtype) -> nn.Module:
+def prepare_for_training(args, model: nn.Module, config: Optional[Tuple[Any, Any]], device, dtype) -> nn.Module:
     """Make of the stock model what is trained: with NetAug its super-network, on the device, in format and type.
 
     Args:

@@ -3,7 +3,7 @@ import argparse
 from typing import Optional, Sequence
 
 from ..convert import convert
-from ..errors import told_plainly
+from ..errors import exit_on_user_error
 
 __all__ = ['main']
 
@@ -16,7 +16,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('out_dir', help='folder for model.safetensors and config.json')
     parser.add_argument('--model', required=True, metavar='NAME', help='architecture, netaug_mbv2_tiny for one')
     args = parser.parse_args(argv)
-    with told_plainly('timm_netaug convert'):
+    with exit_on_user_error('timm_netaug convert'):
         convert(args.pth, args.out_dir, args.model)
     print(f"Converted. Load it with:\n\n    import timm, timm_netaug\n"
           f"    model = timm.create_model('local-dir:{args.out_dir}', pretrained=True)")

@@ -2,11 +2,11 @@
 import argparse
 from typing import Optional, Sequence
 
-from ..errors import told_plainly
+from ..errors import exit_on_user_error
 from ..io.checkpoint import read_checkpoint
 from ..io.folder import export_folder
 from ..load import load_model
-from .facts import facts_of_run
+from .training_record import training_record
 
 __all__ = ['main']
 
@@ -21,9 +21,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--use-ema', action='store_true',
                         help='export the moving average of the weights (default where the run validated it)')
     args = parser.parse_args(argv)
-    with told_plainly('timm_netaug export'):
+    with exit_on_user_error('timm_netaug export'):
         loaded = load_model(args.checkpoint, args.model, args.use_ema or None)
-        facts = facts_of_run(read_checkpoint(args.checkpoint), args.use_ema or None) if loaded.run else None
+        facts = training_record(read_checkpoint(args.checkpoint), args.use_ema or None) if loaded.run else None
         export_folder(loaded.model, args.out_dir, loaded.describe(), facts)
     print(f"Exported. Load it with:\n\n    import timm, timm_netaug\n"
           f"    model = timm.create_model('local-dir:{args.out_dir}', pretrained=True)")

@@ -9,23 +9,23 @@ import os
 from typing import Any, Dict, Optional, Sequence
 
 from ..card import known_facts
-from ..errors import UserError, told_plainly
+from ..errors import UserError, exit_on_user_error
 from ..hub import pull, push
 from ..io.checkpoint import read_checkpoint
 from ..io.folder import CONFIG
 from ..load import LoadedModel, load_model
-from ..shipped import shipped_cfgs, shipped_folder
-from .facts import facts_of_run, metrics_of_baseline
+from ..bundled import bundled_cfgs, bundled_folder
+from .training_record import training_record, baseline_metrics
 
 __all__ = ['main']
 
 
 def _load(args: argparse.Namespace) -> LoadedModel:
     there = os.path.exists(args.checkpoint)
-    source = os.path.abspath(args.checkpoint) if there else shipped_folder(args.checkpoint)
+    source = os.path.abspath(args.checkpoint) if there else bundled_folder(args.checkpoint)
     if source is None:
-        raise UserError(f'There is no checkpoint and no folder {args.checkpoint}, and the weights that ship are'
-                        f' {", ".join(shipped_cfgs())}.')
+        raise UserError(f'There is no checkpoint and no folder {args.checkpoint}, and the bundled weights are'
+                        f' {", ".join(bundled_cfgs())}.')
     return load_model(str(source), args.model, args.use_ema or None)
 
 
@@ -34,12 +34,12 @@ def _facts(args: argparse.Namespace, loaded: LoadedModel) -> Dict[str, Any]:
     if loaded.folder is not None:
         facts = known_facts(json.loads((loaded.folder / CONFIG).read_text(encoding='utf-8')))
     elif loaded.run is not None:
-        facts = facts_of_run(read_checkpoint(args.checkpoint), args.use_ema or None)
+        facts = training_record(read_checkpoint(args.checkpoint), args.use_ema or None)
     else:
         facts = dict(converted_from=os.path.basename(args.checkpoint))
     facts.update({k: v for k in ('dataset', 'dataset_terms') if (v := getattr(args, k))})
     if args.baseline:
-        facts['baseline'] = metrics_of_baseline(args.baseline, facts)
+        facts['baseline'] = baseline_metrics(args.baseline, facts)
         if args.baseline_about:
             facts['baseline_about'] = args.baseline_about
     return facts
@@ -70,7 +70,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     command = commands.add_parser('push', help='push weights, config and card as one commit')
     command.set_defaults(run=_push)
     command.add_argument('checkpoint', help='checkpoint of train.py, exported folder, .pth of the authors, or ARCH.TAG'
-                                            ' of shipped weights')
+                                            ' of bundled weights')
     command.add_argument('repo', metavar='OWNER/NAME', help='repository; it is created where there is none')
     command.add_argument('--private', action='store_true', help='create it as a private one')
     command.add_argument('--revision', metavar='R', help='branch to push to (main)')
@@ -91,5 +91,5 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     command.add_argument('--allow-pickle', action='store_true',
                          help='take weights that are there as a pickle only; no code in it is run')
     args = parser.parse_args(argv)
-    with told_plainly('timm_netaug hub'):
+    with exit_on_user_error('timm_netaug hub'):
         args.run(args)

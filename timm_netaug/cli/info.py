@@ -4,7 +4,7 @@ import json
 from typing import Any, Dict, Optional, Sequence
 
 from ..config import NetAugConfig, split_fields
-from ..errors import UserError, told_plainly
+from ..errors import UserError, exit_on_user_error
 from ..info import describe, stages
 from ..load import load_model
 
@@ -62,7 +62,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--netaug-expand-mults', nargs='+', type=float, metavar='M', help='as for train.py')
     parser.add_argument('--netaug-divisor', type=int, metavar='N', help='as for train.py')
     args = parser.parse_args(argv)
-    with told_plainly('timm_netaug info'):
+    with exit_on_user_error('timm_netaug info'):
         for flag in ('img_size', 'num_classes', 'samples'):
             value = getattr(args, flag)
             if value is not None and value < 1:

@@ -29,12 +29,12 @@ from ..io.saver import AtomicSaver
 from .args import FREE_FLAGS
 from .device import restarts
 
-__all__ = ['check_resume', 'find_restart', 'set_up_saver', 'versions', 'OF_FLAGS']
+__all__ = ['check_resume', 'find_restart', 'set_up_saver', 'versions', 'GROUP_FIELDS_SET_BY_FLAGS']
 
 _logger = logging.getLogger('train')
 
 # Fields of an optimizer's groups that flags set; others may be counters.
-OF_FLAGS = ('lr', 'weight_decay', 'momentum', 'betas', 'eps', 'lr_scale')
+GROUP_FIELDS_SET_BY_FLAGS = ('lr', 'weight_decay', 'momentum', 'betas', 'eps', 'lr_scale')
 
 
 def versions() -> Dict[str, str]:

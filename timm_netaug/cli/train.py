@@ -38,15 +38,15 @@ from timm.utils import (
     update_summary,
 )
 
-from ..errors import UserError, first_line, told_plainly
+from ..errors import UserError, first_line, exit_on_user_error
 from ..evaluate import evaluate, progress_bar
 from ..io.run import RunDescription
 from .args import check_train_args, netaug_config, parse_args, train_parser
-from .build import set_up_model, set_up_task, set_up_teacher, to_train
+from .build import set_up_model, set_up_task, set_up_teacher, prepare_for_training
 from .curves import write_curves
 from .device import choose_device, join_processes, keep_memory, mixed_precision, uses_channels_last
 from .loaders import set_up_loaders
-from .run_folder import OF_FLAGS, check_resume, find_restart, set_up_saver, versions
+from .run_folder import GROUP_FIELDS_SET_BY_FLAGS, check_resume, find_restart, set_up_saver, versions
 from .signals import Stopped, StopSignals
 
 _logger = logging.getLogger('train')
@@ -299,7 +299,7 @@ def resume_training(args, task: TrainingTask, optimizer: torch.optim.Optimizer, 
     except (ValueError, RuntimeError) as e:
         raise UserError(f'--resume: {e}') from e
     for group, flags in zip(optimizer.param_groups, given):  # the flags hold, not those of the checkpoint
-        fields = {k: v for k, v in flags.items() if k in (*OF_FLAGS, *args.opt_kwargs)}
+        fields = {k: v for k, v in flags.items() if k in (*GROUP_FIELDS_SET_BY_FLAGS, *args.opt_kwargs)}
         group.update(fields, initial_lr=flags['lr'])
     return epoch
 
@@ -394,7 +394,7 @@ def train() -> None:
         versions=versions(),
         input_img_mode=args.input_img_mode,
     )
-    model = to_train(args, model, config, device, dtype)
+    model = prepare_for_training(args, model, config, device, dtype)
     set_up_lr(args)
     teacher = set_up_teacher(args, data_config, names, device, dtype)
     task = set_up_task(args, model, teacher, data_config, device, dtype)
@@ -495,7 +495,7 @@ def train() -> None:
 
 
 def main() -> None:
-    with told_plainly('train.py'):
+    with exit_on_user_error('train.py'):
         train()
 
 

@@ -18,12 +18,12 @@ import torch.nn as nn
 from timm.layers import set_fast_norm, set_scriptable
 from timm.utils import random_seed, reparameterize_model, set_jit_fuser, setup_default_logging
 
-from ..errors import UserError, first_line, told_plainly
+from ..errors import UserError, first_line, exit_on_user_error
 from ..evaluate import evaluate_model
 from .args import check_validate_args, data_source, parse_args, validate_parser
 from .device import choose_device, mixed_precision
 from .results import bulk_entries, sort_results, write_results
-from .subject import load_subject, pool_as_in_training
+from .evaluated_model import load_evaluated_model, pool_as_in_training
 
 _logger = logging.getLogger('validate')
 
@@ -75,7 +75,7 @@ def validate_one(args: argparse.Namespace, parser: argparse.ArgumentParser, retr
     """
     random_seed(args.seed, 0)
     with set_scriptable(args.torchscript):
-        subject = load_subject(args, parser)
+        subject = load_evaluated_model(args, parser)
     model, data_config = subject.model, subject.data_config
     num_classes = model.num_classes
     if args.reparam:
@@ -213,7 +213,7 @@ def validate() -> None:
 
 
 def main() -> None:
-    with told_plainly('validate.py'):
+    with exit_on_user_error('validate.py'):
         validate()
 
 

@@ -20,14 +20,14 @@ def atomic_write(path: Union[str, Path], mode: str = 'w') -> Iterator[IO]:
     Args:
         mode: 'w' for text, 'wb' for bytes.
     """
-    aside = f'{path}.aside'
+    temporary = f'{path}.tmp'
     text = {} if 'b' in mode else dict(newline='', encoding='utf-8')
     try:
-        with open(aside, mode, **text) as f:
+        with open(temporary, mode, **text) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     finally:
-        if os.path.exists(aside):
-            os.unlink(aside)
+        if os.path.exists(temporary):
+            os.unlink(temporary)

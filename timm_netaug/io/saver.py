@@ -79,13 +79,13 @@ class AtomicSaver(CheckpointSaver):
             os.replace(src, dst)
 
     def _duplicate(self, src, dst):
-        src = next((aside for aside, last in self._late if last == src), src)
-        aside = f'{dst}.aside'
-        if os.path.exists(aside):
-            os.unlink(aside)
+        src = next((temporary for temporary, last in self._late if last == src), src)
+        temporary = f'{dst}.tmp'
+        if os.path.exists(temporary):
+            os.unlink(temporary)
         try:
-            os.link(src, aside)
-            os.replace(aside, dst)
+            os.link(src, temporary)
+            os.replace(temporary, dst)
         except (OSError, NotImplementedError):  # a file system without hard links
             with open(src, 'rb') as f, atomic_write(dst, 'wb') as copy:
                 shutil.copyfileobj(f, copy)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Put the weights of finished runs into the package, and what is said about them into hfconfigs/.
 
-    python experiments/ship.py --data-dir CIFAR10
+    python experiments/bundle.py --data-dir CIFAR10
 
 Each is what `python -m timm_netaug hub push --dry-run` makes of the run's last epoch, reloaded and evaluated.
 """
@@ -21,7 +21,7 @@ from timm_netaug.cli import hub  # noqa: E402
 
 TAG = 'netaug_cifar10'
 EXPERIMENT = 'cifar10'
-SHIPPED = {  # model -> row, of which seed 0 ships; that with `init` in its name is the twin without NetAug
+BUNDLED = {  # model -> row, of which seed 0 ships; that with `init` in its name is the twin without NetAug
     'netaug_mbv2_tiny': 'netaug_mbv2_tiny-expand',
     'netaug_mbv2_035': 'netaug_mbv2_035-expand-lr0.02',
     'netaug_mbv3_035': 'netaug_mbv3_035-expand',
@@ -40,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     runs = {(run.row, run.seed): run for run in read_experiment(str(HERE / f'{EXPERIMENT}.yaml'))}
     missing = []
-    for model, row in SHIPPED.items():
+    for model, row in BUNDLED.items():
         run, twin = runs[row, 0], runs[row.replace('-expand', '-init'), 0]
         checkpoint, baseline = (str(HERE / 'runs' / EXPERIMENT / r.name / 'last.pth.tar') for r in (run, twin))
         if not all(done(r) and os.path.isfile(file) for r, file in ((run, checkpoint), (twin, baseline))):
@@ -64,7 +64,7 @@ def main() -> None:
                     shutil.copyfile(Path(folder, file), target / file)
         flags = yaml.safe_dump({**run.flags, 'seed': run.seed}, sort_keys=False, default_flow_style=None)
         (recipe / 'train.yaml').write_text(
-            f'# CIFAR-10 at 32 pixels, the shipped weights of {model} (written by experiments/ship.py):\n'
+            f'# CIFAR-10 at 32 pixels, the bundled weights of {model} (written by experiments/bundle.py):\n'
             f'#   python train.py -c hfconfigs/{name}/train.yaml --data-dir DATA\n{flags}')
     if missing:
         sys.exit(f'Not done, or its checkpoint or that of its twin is not here: {", ".join(missing)}')

@@ -13,7 +13,7 @@ from ..io.run import RunDescription
 from ..load import LoadedModel, load_model, read_run
 from .args import validate_parser
 
-__all__ = ['load_subject', 'pool_as_in_training']
+__all__ = ['load_evaluated_model', 'pool_as_in_training']
 
 _logger = logging.getLogger('validate')
 
@@ -28,7 +28,7 @@ def _check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, run:
                             f' {run.architecture} with {run.model_args}. Leave the flag out.')
 
 
-def load_subject(args: argparse.Namespace, parser: argparse.ArgumentParser) -> LoadedModel:
+def load_evaluated_model(args: argparse.Namespace, parser: argparse.ArgumentParser) -> LoadedModel:
     """Build the model that `--model` or `--checkpoint` names.
 
     Raises:

@@ -3,18 +3,18 @@ import json
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-__all__ = ['shipped_cfgs', 'shipped_folder']
+__all__ = ['bundled_cfgs', 'bundled_folder']
 
 _WEIGHTS = Path(__file__).parent / 'weights'
 
 
-def shipped_folder(name: str) -> Optional[Path]:
+def bundled_folder(name: str) -> Optional[Path]:
     """Return the folder of the weights that ARCH.TAG names, None where there are none."""
     return next((file.parent for file in _WEIGHTS.glob('*/config.json') if file.parent.name == name), None)
 
 
-def shipped_cfgs() -> Dict[str, Dict[str, Any]]:
-    """Return timm's pretrained configs of the shipped weights by ARCH.TAG, as their `config.json` has them."""
+def bundled_cfgs() -> Dict[str, Dict[str, Any]]:
+    """Return timm's pretrained configs of the bundled weights by ARCH.TAG, as their `config.json` has them."""
     cfgs = {}
     for file in sorted(_WEIGHTS.glob('*/config.json')):
         config = json.loads(file.read_text(encoding='utf-8'))

@@ -11,7 +11,7 @@ from ..io.checkpoint import read_checkpoint
 from ..io.run import RunDescription
 from .args import FREE_FLAGS, train_parser
 
-__all__ = ['facts_of_run', 'metrics_of_baseline']
+__all__ = ['training_record', 'baseline_metrics']
 
 _PATHS = ('pretrained_path', 'initial_checkpoint', 'class_map')  # where they lie is of no use to others
 _DATASET = ('dataset', 'input_img_mode', 'input_key', 'target_key')  # that the evaluation needs too
@@ -47,7 +47,7 @@ def _without_netaug(command: List[str]) -> List[str]:
     return words
 
 
-def facts_of_run(checkpoint: Mapping[str, Any], use_ema: Optional[bool] = None) -> Dict[str, Any]:
+def training_record(checkpoint: Mapping[str, Any], use_ema: Optional[bool] = None) -> Dict[str, Any]:
     """Collect, as plain data, what a checkpoint of `train.py` says of its training.
 
     Args:
@@ -71,7 +71,7 @@ def facts_of_run(checkpoint: Mapping[str, Any], use_ema: Optional[bool] = None) 
     return facts
 
 
-def metrics_of_baseline(path: str, facts: Mapping[str, Any]) -> Dict[str, float]:
+def baseline_metrics(path: str, facts: Mapping[str, Any]) -> Dict[str, float]:
     """Return what a checkpoint of the same training without NetAug has reached.
 
     Raises:
@@ -80,7 +80,7 @@ def metrics_of_baseline(path: str, facts: Mapping[str, Any]) -> Dict[str, float]
     checkpoint = read_checkpoint(path)
     if RunDescription.from_checkpoint(checkpoint) is None:
         raise UserError(f'--baseline: {path} is not a checkpoint of train.py.')
-    baseline = facts_of_run(checkpoint)
+    baseline = training_record(checkpoint)
     if baseline['command'] != _without_netaug(facts.get('command', [])):
         raise UserError(f'--baseline: {path} is not of the same training without NetAug; it was trained with:'
                         f' {" ".join(baseline["command"])}')

@@ -12,27 +12,27 @@ from safetensors.torch import load_file, save_file
 
 from conftest import MODELS, ROOT, images, run_python
 from timm_netaug.cli import hub
-from timm_netaug.shipped import shipped_cfgs, shipped_folder
+from timm_netaug.bundled import bundled_cfgs, bundled_folder
 
-SHIPPED = sorted(shipped_cfgs())
+BUNDLED = sorted(bundled_cfgs())
 PAPER_SIZES = {'netaug_mbv2_tiny': 144, 'netaug_mcunet': 176}
 
 
 def test_names():
-    assert set(SHIPPED) == {f'{name}.netaug_cifar10' for name in MODELS}
-    assert timm.list_models('netaug_*', pretrained=True) == SHIPPED
-    assert all(shipped_folder(name) is None for name in ('netaug_mbv2_tiny', '../weights/a.b', '..'))
+    assert set(BUNDLED) == {f'{name}.netaug_cifar10' for name in MODELS}
+    assert timm.list_models('netaug_*', pretrained=True) == BUNDLED
+    assert all(bundled_folder(name) is None for name in ('netaug_mbv2_tiny', '../weights/a.b', '..'))
 
 
-@pytest.mark.parametrize('name', SHIPPED)
+@pytest.mark.parametrize('name', BUNDLED)
 def test_pretrained(name, caplog):
-    """Without a tag it is the shipped weights, and the log says of which data set; with the tag, the same weights."""
+    """Without a tag it is the bundled weights, and the log says of which data set; with the tag, the same weights."""
     model = timm.create_model(name.split('.')[0], pretrained=True).eval()
     assert f'loading the weights {name}, trained on cifar10' in caplog.text
     caplog.clear()
     tagged = timm.create_model(name, pretrained=True).eval()
     assert not caplog.text
-    weights = load_file(shipped_folder(name) / 'model.safetensors')
+    weights = load_file(bundled_folder(name) / 'model.safetensors')
     for one in (model, tagged):
         assert one.num_classes == 10 and one.pretrained_cfg['input_size'] == (3, 32, 32)
         assert one.pretrained_cfg['label_names'][3] == 'cat' and one.pretrained_cfg['tag'] == 'netaug_cifar10'
@@ -62,10 +62,10 @@ def test_without_weights(name, caplog, tmp_path):
     assert not caplog.text
 
 
-@pytest.mark.parametrize('name', SHIPPED)
+@pytest.mark.parametrize('name', BUNDLED)
 def test_folder_in_hfconfigs(name):
-    """What hfconfigs/ says is what ships, and a repository's file is small enough to live in it."""
-    folder = shipped_folder(name)
+    """What hfconfigs/ says is what is bundled, and a repository's file is small enough to live in it."""
+    folder = bundled_folder(name)
     assert (folder / 'config.json').read_bytes() == (ROOT / 'hfconfigs' / name / 'config.json').read_bytes()
     assert sorted(p.name for p in folder.iterdir()) == ['config.json', 'model.safetensors']
     assert (folder / 'model.safetensors').stat().st_size < 8 * 2 ** 20
@@ -95,10 +95,10 @@ def test_clean_offline_machine(tmp_path):
 
 
 def test_push(tmp_path):
-    """The folder that the Hub gets of shipped weights, by their name."""
+    """The folder that the Hub gets of bundled weights, by their name."""
     name = 'netaug_mbv2_tiny.netaug_cifar10'
     run_python('-m', 'timm_netaug', 'hub', 'push', name, f'OWNER/{name}', '--dry-run', tmp_path / 'out')
-    there = shipped_folder(name)
+    there = bundled_folder(name)
     digests = [hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest()
                for folder in (there, tmp_path / 'out')]
     assert digests[0] == digests[1]
@@ -106,7 +106,7 @@ def test_push(tmp_path):
 
 
 def test_push_prefers_what_is_there(tmp_path, monkeypatch):
-    """A folder of that name in the working directory is meant, not the shipped weights."""
+    """A folder of that name in the working directory is meant, not the bundled weights."""
     name = 'netaug_mbv2_tiny.netaug_cifar10'
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
