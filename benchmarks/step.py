@@ -28,7 +28,6 @@ from timm.task import ClassificationTask, DistillationTeacher, LogitDistillation
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_netaug
-from timm_netaug.cli.device import keep_memory
 from timm_netaug.fused_bn_relu import FUSED
 
 TEACHER = 'mobilenetv2_100'
@@ -270,7 +269,6 @@ def main() -> None:
     parser.add_argument('--warmup', type=int, default=2, help='steps before')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--profile', action='store_true', help='print where the time goes instead')
-    parser.add_argument('--no-keep-memory', action='store_true', help='malloc as it is without train.py')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--amp', action='store_true', help='bfloat16')
     parser.add_argument('--output', default='benchmarks/results/step', help='name without ending')
@@ -278,8 +276,6 @@ def main() -> None:
     if UNIT not in args.contenders:
         parser.error(f'the unit is the plain step: add "{UNIT}" to --contenders')
     torch.set_num_threads(args.threads)
-    if args.device == 'cpu' and not args.no_keep_memory:
-        keep_memory()
     if args.profile:
         for model in args.models:
             profile(args, model)

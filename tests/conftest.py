@@ -111,9 +111,9 @@ def _run_in_fork(command, cwd, env) -> subprocess.CompletedProcess:
         return subprocess.CompletedProcess(command, status, *(f.read_text() for f in files))
 
 
-def readme_block(marker: str) -> str:
-    """Return the code block of the README that follows an HTML comment."""
-    text = (ROOT / 'README.md').read_text()
+def readme_block(marker: str, page: str = 'README.md') -> str:
+    """Return the code block of the README, or of another page, that follows an HTML comment."""
+    text = (ROOT / page).read_text()
     return re.search(rf'<!-- {re.escape(marker)} -->\s*```\w*\n(.*?)```', text, re.S)[1]
 
 

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from conftest import ROOT, run_python
-from timm_netaug.cli.args import check_train_args, parse_args, train_parser
+from timm_netaug.cli.command_line import parse_args
+from timm_netaug.cli.train_flags import check_train_args, train_parser
 
 sys.path.insert(0, str(ROOT / 'experiments'))
 import report  # noqa: E402
@@ -25,7 +26,7 @@ def test_rows(path):
         assert r.variant is None or r.variant in variants.VARIANTS
         parser = train_parser()
         args = parse_args(parser, words[words.index('--data-dir'):])
-        check_train_args(parser, args)
+        check_train_args(args)
         assert (args.seed, args.experiment, args.epochs) == (r.seed, r.name, r.epochs)
 
 

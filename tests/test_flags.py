@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from conftest import ROOT
-from timm_netaug.cli.args import train_parser
+from timm_netaug.cli.train_flags import train_parser
 
 sys.path.insert(0, str(ROOT / 'docs'))
 import flags  # noqa: E402

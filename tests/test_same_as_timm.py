@@ -21,7 +21,8 @@ from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 
 from timm_netaug.cli import train
-from timm_netaug.cli.args import parse_args, train_parser
+from timm_netaug.cli.command_line import parse_args
+from timm_netaug.cli.train_flags import train_parser
 
 EPOCHS, BATCHES = 4, 3
 

@@ -15,8 +15,11 @@ from timm.utils import NativeScaler, ParseKwargs, dispatch_clip_grad
 
 import timm_netaug
 from conftest import ROOT, SMALL_RUN, images, make, make_supernet, readme_block, run_python
-from timm_netaug.cli import args, build
-from timm_netaug.cli.args import check_train_args, netaug_config, parse_args, train_parser, validate_parser
+from timm_netaug.cli import build
+from timm_netaug.cli.command_line import parse_args
+from timm_netaug.cli.flags import all_flags
+from timm_netaug.cli.train_flags import TRAIN_FLAGS, check_train_args, netaug_config, train_parser
+from timm_netaug.cli.validate_flags import VALIDATE_FLAGS, validate_parser
 from timm_netaug.errors import UserError
 from timm_netaug.io.data import DataSource
 from timm_netaug.io.folder import export_folder
@@ -25,9 +28,10 @@ from timm_netaug.io.run import RunDescription
 SMALL = ['--num-classes', 10, '--img-size', 32, '-b', 120, '-j', 0, '--warmup-epochs', 0, '--crop-pct', 1.0]
 
 
-@pytest.mark.parametrize('script, parser', [('train', train_parser()), ('validate', validate_parser())])
-def test_every_flag_of_timm(script, parser):
-    """Same flags, defaults, types, choices and numbers of values; all explained in --help."""
+@pytest.mark.parametrize('script, parser, table', [
+    ('train', train_parser(), TRAIN_FLAGS), ('validate', validate_parser(), VALIDATE_FLAGS)])
+def test_every_flag_of_timm(script, parser, table):
+    """Same flags, defaults, types, choices and numbers of values; --help has all but those that are always refused."""
     flags = json.loads((ROOT / f'tests/data/{script}_flags.json').read_text())
     assert len(flags) > 50
     actions = {a.dest: a for a in parser._actions}
@@ -35,26 +39,27 @@ def test_every_flag_of_timm(script, parser):
         action = actions[flag['dest']]
         assert set(action.option_strings or [action.dest]) == set(flag['flags'])
         assert action.default == flag['default'] and action.nargs == flag['nargs'], flag['dest']
-        assert (action.type.__name__ if action.type else None) == flag['type'] or flag['type'] == 'ParseKwargs'
+        if action.nargs != 0 and flag['type'] != 'ParseKwargs' and not isinstance(action, ParseKwargs):
+            assert action.type.__name__ == (flag['type'] or 'str')
         assert isinstance(action, ParseKwargs) == ('ParseKwargs' in (flag['type'], flag['kind']))
-        assert (list(action.choices) if action.choices else None) == flag['choices']
-        assert action.help
-        assert all(name in parser.format_help() for name in flag['flags'])
+        row = next(row for row in all_flags(table) if row.dest == flag['dest'])
+        assert flag['choices'] in (None, list(row.choices))
+        assert row.help and all((name in parser.format_help()) != bool(row.refused) for name in flag['flags'])
 
 
 @pytest.mark.parametrize('argv, said', [
-    (['--naflex-loader'], '--naflex-loader is not carried out: NaFlex models are transformers'),
-    (['--naflex-max-seq-len', '64'], '--naflex-max-seq-len is not carried out'),
+    (['--naflex-loader'], '--naflex-loader is not supported: NaFlex models are transformers'),
+    (['--naflex-max-seq-len', '64'], '--naflex-max-seq-len is not supported'),
     (['--kd-temperature', '2'], '--kd-temperature does nothing without --kd-model-name or --netaug-distill'),
     (['--kd-model-name', 'x', '--kd-temperature', '0'], '--kd-temperature must be above 0'),
-    (['--kd-model-name', 'x', '--kd-loss-type', 'mse'], "--kd-loss-type takes one of 'kl'"),
+    (['--kd-model-name', 'x', '--kd-loss-type', 'mse'], '--kd-loss-type must be one of kl'),
     (['--kd-model-name', 'x', '--kd-token-distill-type', 'hard'], 'does nothing without --kd-distill-type token'),
     (['--kd-model-name', 'x', '--task-loss-weight', '-1'], '--task-loss-weight must be at least 0'),
     (['--kd-model-name', 'x', '--task-loss-weight', '2'], '--task-loss-weight above 1 needs --distill-loss-weight'),
     (['--netaug', '--kd-model-name', 'x', '--kd-distill-type', 'token'], 'does not go together with --netaug'),
     (['--distill-loss-weight', '1'], '--distill-loss-weight does nothing without --kd-model-name'),
     (['--train-img-sizes', '32', '64', '--train-batch-sizes', '8'], '--train-batch-sizes needs a value for each of'),
-    (['--train-img-sizes', '0', '64'], '--train-img-sizes and --train-batch-sizes must be at least 1'),
+    (['--train-img-sizes', '0', '64'], '--train-img-sizes must be at least 1, got 0'),
     (['--train-batches-per-epoch', '3'], '--train-batches-per-epoch does nothing without --train-img-sizes'),
     (['--variable-batch-loss-scale', 'sqrt'], 'does nothing without --train-batch-sizes'),
     (['--netaug', '--torchscript'], '--torchscript does not go together with --netaug'),
@@ -82,41 +87,41 @@ def test_every_flag_of_timm(script, parser):
     (['--netaug-init', '--netaug'], '--netaug-init does nothing with --netaug'),
     (['--netaug-init', '--pretrained'], '--netaug-init is for a training from scratch'),
     (['--netaug', '--netaug-width-mults', '0.5'], '--netaug-width-mults must be'),
-    (['--smoothing', '1'], '--smoothing must be from 0 up to, but not, 1, got 1'),
-    (['--hflip', '2'], '--hflip must be from 0 to 1, got 2'),
-    (['--mean', '0.5', '123', '0.5'], r'--mean must be from 0 to 1, got 123 \(pixels are from 0 to 1 here'),
-    (['--std', '0', '0.5', '0.5'], '--std must be above 0, from 0 to 1, got 0'),
+    (['--smoothing', '1'], '--smoothing must be at least 0 and below 1, got 1'),
+    (['--hflip', '2'], '--hflip must be at least 0 and at most 1, got 2'),
+    (['--mean', '0.5', '123', '0.5'], '--mean must be at least 0 and at most 1, got 123'),
+    (['--std', '0', '0.5', '0.5'], '--std must be above 0 and at most 1, got 0'),
     (['--momentum', '2'], '--momentum must be'),
     (['--model-ema', '--model-ema-decay', '1.5'], '--model-ema-decay must be'),
-    (['--clip-mode', 'nrom'], '--clip-mode takes one of'),
+    (['--clip-mode', 'nrom'], '--clip-mode must be one of norm, value, agc'),
     (['--batch-size', '0'], '--batch-size must be at least 1'),
-    (['--bce-sum'], '--bce-sum does nothing without --bce-loss'),
-    (['--tta', '2'], '--tta is not carried out: '),
+    (['--bce-sum'], '--bce-sum does nothing without --loss bce'),
+    (['--tta', '2'], '--tta is not supported: '),
     (['--model-ema-decay', '0.5'], '--model-ema-decay does nothing without --model-ema'),
     (['--scale', '0.5'], '--scale takes two numbers'),
-    (['--interpolation', 'cubic'], '--interpolation takes one of'),
+    (['--interpolation', 'cubic'], '--interpolation must be one of'),
     (['--model-ema-warmup'], '--model-ema-warmup does nothing without --model-ema'),
 ])
 def test_refused_by_name(argv, said):
     parser = train_parser()
     args = parse_args(parser, ['--data-dir', 'D', *argv])
     with pytest.raises(UserError, match=said):
-        check_train_args(parser, args)
+        check_train_args(args)
         netaug_config(args)
 
 
 def test_every_flag_is_read_or_refused():
     """No flag is parsed and then forgotten."""
     code = ''.join((ROOT / 'timm_netaug/cli' / p).read_text() for p in (
-        'train.py', 'build.py', 'device.py', 'loaders.py', 'run_folder.py'))
-    refused = set(args._REFUSED)  # with --netaug alone is not enough
+        'train.py', 'build.py', 'common_flags.py', 'device.py', 'loaders.py', 'run_folder.py'))
+    refused = {flag.dest for flag in all_flags(TRAIN_FLAGS) if flag.refused}  # with --netaug alone is not enough
     by_timm = {  # read off the arguments by timm's helpers
         'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'layer_decay', 'layer_decay_min_scale',
         'layer_decay_no_opt_scale', 'lr_noise', 'lr_noise_pct', 'lr_noise_std', 'lr_cycle_mul', 'lr_cycle_decay',
         'lr_cycle_limit', 'lr_k_decay', 'warmup_lr', 'min_lr', 'decay_milestones', 'decay_epochs', 'warmup_epochs',
         'warmup_prefix', 'cooldown_epochs', 'patience_epochs', 'decay_rate', 'img_size', 'input_size', 'mean', 'std',
         'crop_pct', 'interpolation', 'epochs'}
-    by_timm |= {'data', 'local_rank'}  # by parse_args and check_train_args
+    by_timm |= {'data', 'local_rank', 'jsd_loss', 'bce_loss'}  # by parse_args and check_train_args
     by_timm |= {field.name for field in dataclasses.fields(DataSource)}  # by data_source
     dests = [a.dest for a in train_parser()._actions if a.dest not in ('help', 'config')]
     unread = [d for d in dests if not re.search(rf'args\.{d}\b', code) and not d.startswith('netaug_')]
@@ -127,7 +132,6 @@ def test_every_flag_is_read_or_refused():
     ('epoch: 3', "Unknown key 'epoch' .value 3.* nearest flag is --epochs"),
     ('lr: fast', "'lr' .*'fast'.*invalid float"),
     ('netaug: 1', "'netaug' .* takes true or false"),
-    ('kd_distill_type: logits', "'kd_distill_type'.*'logits'.*invalid choice"),
     ('model: [a, b]', 'takes one value'),
     ('batch_size: 1.5', "'batch_size'.*invalid int"),
     ('input_size: [3, 32]', "'input_size'.*expected 3"),
@@ -520,9 +524,9 @@ def test_readme_loop():
 
 
 def test_readme_network():
-    """The README's network of one's own, and its shared trunk."""
+    """The network of one's own in docs/library.md, as it stands there."""
     scope = dict()
-    exec(readme_block('own network'), scope)
+    exec(readme_block('own network', 'docs/library.md'), scope)
     assert [c.base for c in scope['supernet'].layout.channels.values()] == [16, 24]
 
 

@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from timm.optim import create_optimizer_v2
+from timm.utils import freeze
 
 import timm_netaug
 from conftest import MODELS, OTHERS, generator, images, make, make_supernet
@@ -530,3 +531,15 @@ def test_optimizers_that_cannot_be_sorted():
     with pytest.raises(ValueError, match="LBFGS keeps a '.*' for 'conv_stem.weight' that is of other parameters, too"):
         supernet.sort_channels(optimizer)
     assert all(torch.equal(before[k], v) for k, v in supernet.state_dict().items())
+
+
+def test_frozen_layers_are_refused_by_name():
+    """timm.utils.freeze puts stock layers in the place of the elastic ones, unless it is told to leave them."""
+    supernet = make_supernet('netaug_mbv2_tiny')
+    freeze(supernet, ['blocks.0'], include_bn_running_stats=False)
+    supernet.train()
+    assert not any(p.requires_grad for p in supernet.blocks[0].parameters())
+    freeze(supernet, ['blocks.1'])
+    for use in (supernet.train, lambda: timm_netaug.export(supernet)):
+        with pytest.raises(ValueError, match=r"layer 'blocks\.1\..*FrozenBatchNormAct2d.*include_bn_running_stats=False"):
+            use()

@@ -9,12 +9,13 @@ from ..card import METRICS
 from ..errors import UserError
 from ..io.checkpoint import read_checkpoint
 from ..io.run import RunDescription
-from .args import FREE_FLAGS, train_parser
+from .train_flags import FREE_FLAGS, train_parser
 
 __all__ = ['training_record', 'baseline_metrics']
 
 _PATHS = ('pretrained_path', 'initial_checkpoint', 'class_map')  # where they lie is of no use to others
-_DATASET = ('dataset', 'input_img_mode', 'input_key', 'target_key')  # that the evaluation needs too
+# What the evaluation needs, too.
+_DATASET = ('dataset', 'input_img_mode', 'input_key', 'target_key', 'task', 'target_format')
 
 
 def _flags(args: argparse.Namespace, only: Optional[tuple] = None) -> List[str]:
