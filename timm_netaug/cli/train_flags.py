@@ -226,7 +226,7 @@ TRAIN_FLAGS = (
         Flag('--recovery-interval', 'number of batches between two recovery checkpoints; 0 writes none', int, 0, 'N',
              range='[0, inf]', free=True),
         Flag('--checkpoint-hist', 'number of the best checkpoints to keep', int, 10, 'N', range='[1, inf]', free=True),
-        Flag('--save-epochs', 'numbers of epochs whose checkpoints are kept besides the best ones', int, metavar='N',
+        Flag('--save-epochs', 'keep the checkpoint after these numbers of epochs, as milestone-N', int, metavar='N',
              nargs='+', range='[0, inf]', free=True),
         Flag('-j --workers', 'number of loader processes', int, 4, 'N', range='[0, inf]'),
         Flag('--save-images', 'save a batch of training images with every log line', free=True),

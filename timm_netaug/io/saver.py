@@ -44,9 +44,16 @@ class AtomicSaver(CheckpointSaver):
 
     _late = ()
 
-    def save_checkpoint(self, epoch, metric=None):
+    def save_checkpoint(self, epoch, metric=None, milestone=False):
+        """Save an epoch.
+
+        Args:
+            milestone: Keep a copy of `last`, named by the number of epochs that are done.
+        """
         self._late = []
         result = super().save_checkpoint(epoch, metric)
+        if milestone:
+            self.save_milestone(epoch + 1)
         for src, dst in self._late:
             os.replace(src, dst)
         return result
