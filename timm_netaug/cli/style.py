@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-__all__ = ['AUGMENTED', 'Label', 'METHODS', 'Method', 'SUM', 'TINY', 'add_labels', 'augments_widths', 'method_name',
-           'method_of', 'new_figure', 'style']
+__all__ = ['AUGMENTED', 'BLACK', 'GREY', 'Label', 'METHODS', 'Method', 'PURPLE', 'SKY_BLUE', 'TINY', 'add_labels',
+           'augments_widths', 'method_name', 'method_of', 'new_figure', 'style']
 
 # The palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), told apart by colour-blind readers too.
-_BLACK, _ORANGE, _SKY_BLUE, _GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'
-_BLUE, _VERMILION, _PURPLE, _GREY = '#0072B2', '#D55E00', '#CC79A7', '#8C8C8C'
+BLACK, ORANGE, SKY_BLUE, GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'
+BLUE, VERMILION, PURPLE, GREY = '#0072B2', '#D55E00', '#CC79A7', '#8C8C8C'
 
 
 class Method(NamedTuple):
@@ -28,18 +28,18 @@ class Method(NamedTuple):
 
 
 METHODS: Dict[str, Method] = {
-    'plain': Method('plain training', _BLACK),
-    'plain-timm-init': Method("plain training, timm's initial weights", _GREY),
-    'teacher': Method('plain training with a teacher', _ORANGE),
-    'stage': Method('NetAug, expansions from {stage}', _GREEN),
-    'stage-widths': Method('NetAug, widths and expansions from {stage}', _SKY_BLUE),
-    'expansions': Method('NetAug, expansions alone', _BLUE),
-    'widths': Method("NetAug, the paper's schedule", _VERMILION),
-    'distillation': Method('NetAug with in-situ distillation', _PURPLE),
+    'plain': Method('plain training', BLACK),
+    'plain-timm-init': Method("plain training, timm's initial weights", GREY),
+    'teacher': Method('plain training with a teacher', ORANGE),
+    'stage': Method('NetAug, expansions from {stage}', GREEN),
+    'stage-widths': Method('NetAug, widths and expansions from {stage}', SKY_BLUE),
+    'expansions': Method('NetAug, expansions alone', BLUE),
+    'widths': Method("NetAug, the paper's schedule", VERMILION),
+    'distillation': Method('NetAug with in-situ distillation', PURPLE),
 }
 
-# Colours of networks, in pictures of one training.
-TINY, AUGMENTED, SUM = _BLUE, _ORANGE, _GREY
+# Colours of the networks of one training: the tiny network, and the augmented sub-network that it is a part of.
+TINY, AUGMENTED = BLUE, ORANGE
 
 _RC = {
     'font.family': 'sans-serif',

@@ -246,7 +246,8 @@ def write_epoch(args, epoch: int, train_metrics, metrics, task: TrainingTask, op
     summary = os.path.join(saver.checkpoint_dir, 'summary.csv')
     update_summary(epoch, train_metrics, row, summary, lr=sum(lrs) / len(lrs), log_wandb=args.log_wandb)
     curves = os.path.join(saver.checkpoint_dir, 'curves.png')
-    write_curves(summary, curves, f'eval_{args.eval_metric}', args.eval_metric == 'loss')
+    title = f'{args.model}, run {os.path.basename(saver.checkpoint_dir)}'
+    write_curves(summary, curves, f'eval_{args.eval_metric}', args.eval_metric == 'loss', title)
     saver.save_checkpoint(epoch, metrics.get(args.eval_metric), milestone=epoch + 1 in (args.save_epochs or ()))
     told = {**{f'train_{k}': v for k, v in train_metrics.items()}, **{f'eval_{k}': v for k, v in metrics.items()}}
     if args.num_classes < 6:
