@@ -5,6 +5,10 @@
 
 Accuracies are those after the last epoch, never the best of all. `cost` is the processor time of a run (data loading
 and validation included, one thread), relative to the mean of its unit: the row that its YAML file names, or MODEL-init.
+
+Pictures name a row by its method, which follows from its flags, and by its field `detail`, which sets it apart from
+other rows of that method. Each method has one colour in all pictures (timm_netaug/cli/style.py). The rows that the
+field `curves` of the YAML file lists are drawn as curves, in that order.
 """
 import csv
 import json
@@ -37,7 +41,7 @@ class Row(NamedTuple):
     curves: List[List[dict]]  # of each seed: its summary
     cpu_seconds: List[float]  # of those of which it is known
     unit: str  # name of the row that its cost is relative to
-    label: str  # its name in pictures: the method, and what sets it apart from the other rows of that method
+    label: str  # what pictures call it
     flags: Dict[str, Any]
 
     @property
@@ -74,10 +78,20 @@ def read(path: Path) -> List[Row]:
         Row(name, rows[name]['about'], these[0].epochs,
             [list(csv.DictReader(run.result.open())) for run in these],
             [c for run in these if (c := json.loads(run.result.with_suffix('.json').read_text())['cpu_seconds'])],
-            rows[name].get('unit') or content.get('unit') or name.partition('-')[0] + '-init',
-            ', '.join(filter(None, (method_name(these[0].flags), rows[name].get('detail')))), these[0].flags)
+            unit_of(name, content), label_of(these[0], content), these[0].flags)
         for name, these in runs.items() if these
     ]
+
+
+def unit_of(name: str, content: Dict[str, Any]) -> str:
+    """Return the name of the row that the cost of a row is relative to."""
+    return content['rows'][name].get('unit') or content.get('unit') or name.partition('-')[0] + '-init'
+
+
+def label_of(run: Run, content: Dict[str, Any]) -> str:
+    """Return what pictures call a row: its method, and what sets it apart from other rows of that method."""
+    detail = content['rows'][run.row].get('detail')
+    return method_name(run.flags) + (f', {detail}' if detail else '')
 
 
 def spread(values: List[float], digits: int = 1) -> str:

@@ -137,19 +137,20 @@ def add_labels(axes: Axes, labels: Sequence[Label], fontsize: float = 10) -> Lis
     sizes = [(box.width, box.height) for box in (text.get_window_extent() for text in texts)]
     gap = 0.55 * sizes[0][1] / (1 + labels[0].text.count('\n'))  # about half a line
     _make_room(axes, labels, [width + 2 * gap for width, _ in sizes])
+    frame = axes.get_window_extent()
+    frame = Bbox.from_extents(frame.x0, frame.y0, frame.x1 + gap, frame.y1 + 2 * gap)
+    at = axes.transData.transform([label[:2] for label in labels])
+    down = np.argsort(-at[:, 1], kind='stable')
+    obstacles = _drawn(axes)
+    trials = [_place(order, at, sizes, obstacles, frame, gap) for order in (down, down[::-1])]
+    _, boxes = min(trials, key=lambda trial: trial[0])
     points = 72 / figure.dpi  # in a pixel: offsets in points hold for every resolution that the picture is saved at
-    obstacles, frame = _drawn(axes), axes.get_window_extent()
-    frame = Bbox.from_extents(frame.x0, frame.y0 - gap, frame.x1 + gap, frame.y1 + 2 * gap)
-    placed: List[Tuple[np.ndarray, Bbox]] = []
-    for i in sorted(range(len(labels)), key=lambda i: -labels[i].y):
-        point = axes.transData.transform(labels[i][:2])
-        box = min(_candidates(point, sizes[i], gap), key=lambda box: _cost(box, point, placed, obstacles, frame, gap))
-        placed.append((point, box))
-        texts[i].xyann = (box.x0 - point[0]) * points, ((box.y0 + box.y1) / 2 - point[1]) * points
+    for label, text, point, box in zip(labels, texts, at, boxes):
+        text.xyann = (box.x0 - point[0]) * points, ((box.y0 + box.y1) / 2 - point[1]) * points
         away = np.clip(point, box.min, box.max) - point
         if np.linalg.norm(away) > 1.6 * gap:
-            axes.annotate('', labels[i][:2], away * points, textcoords='offset points', annotation_clip=False,
-                          arrowprops=dict(arrowstyle='-', color=labels[i].colour, linewidth=0.7, shrinkA=0, shrinkB=3))
+            axes.annotate('', label[:2], away * points, textcoords='offset points', annotation_clip=False,
+                          arrowprops=dict(arrowstyle='-', color=label.colour, linewidth=0.7, shrinkA=0, shrinkB=3))
     return texts
 
 
@@ -188,6 +189,25 @@ def _candidates(point: np.ndarray, size: Tuple[float, float], gap: float) -> Ite
             yield Bbox.from_bounds(x - width / 2, bottom, width, height)
 
 
+def _place(
+        order: Sequence[int],
+        points: np.ndarray,
+        sizes: Sequence[Tuple[float, float]],
+        obstacles: np.ndarray,
+        frame: Bbox,
+        gap: float,
+) -> Tuple[float, List[Bbox]]:
+    """Place one label after the other where that costs least; returns the cost of all, and the place of each."""
+    total, placed = 0.0, {}
+    for i in order:
+        others = [(points[j], box) for j, box in placed.items()]
+        cost, _, placed[i] = min(
+            (_cost(box, points[i], others, obstacles, frame, gap), number, box)
+            for number, box in enumerate(_candidates(points[i], sizes[i], gap)))
+        total += cost
+    return total, [placed[i] for i in range(len(points))]
+
+
 def _cost(
         box: Bbox,
         point: np.ndarray,
@@ -198,14 +218,15 @@ def _cost(
 ) -> float:
     """Return how bad a place for a label is, in pixels of distance that it weighs as much as.
 
-    From worst to least: on another label, above one whose point is higher, outside the panel, on lines, far from the
-    point, to its left.
+    From worst to least: on another label, above one whose point is higher (or below a lower one's), outside the panel,
+    on lines, far from the point, to its left.
     """
     on_others = sum(box.overlaps(other) for _, other in placed)
-    above_higher = sum(
-        box.y0 > other.y0 and box.x0 < other.x1 and other.x0 < box.x1 for higher, other in placed if higher[1] > point[1])
+    out_of_order = sum(
+        (box.y0 - other.y0) * (point[1] - its_point[1]) < 0 and box.x0 < other.x1 and other.x0 < box.x1
+        for its_point, other in placed)
     outside = sum(np.maximum(frame.min - box.min, 0) + np.maximum(box.max - frame.max, 0))
     on_lines = ((obstacles > box.min - gap / 4) & (obstacles < box.max + gap / 4)).all(1).sum()
     distance = np.linalg.norm(np.clip(point, box.min, box.max) - point) + abs((box.y0 + box.y1) / 2 - point[1])
-    return (1e6 * on_others + 1e5 * above_higher + 1e3 * outside + 4 * gap * min(on_lines, 12) + distance
-            + gap * (box.x0 < point[0]))
+    return (1e6 * on_others + 1e5 * out_of_order + 1e3 * outside + 4 * gap * min(on_lines, 12) + distance
+            + 5 * gap * (box.x0 < point[0]))
