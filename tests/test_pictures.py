@@ -102,8 +102,10 @@ def test_methods():
             (dict(netaug=True), 'widths', "NetAug, the paper's schedule"),
             (dict(netaug=True, netaug_stop_width_at=0), 'expansions', 'NetAug, expansions alone'),
             (dict(netaug=True, netaug_width_mults=[1]), 'expansions', 'NetAug, expansions alone'),
-            (dict(netaug=True, netaug_stop_width_at=0, netaug_from_stage=3), 'stage', 'NetAug, expansions from stage 3'),
-            (dict(netaug=True, netaug_from_stage='layer2'), 'stage-widths', 'NetAug, widths and expansions from layer2'),
+            (dict(netaug=True, netaug_stop_width_at=0, netaug_from_stage=3),
+             'stage', 'NetAug, expansions from stage 3'),
+            (dict(netaug=True, netaug_from_stage='layer2'),
+             'stage-widths', 'NetAug, widths and expansions from layer2'),
             (dict(netaug=True, netaug_distill=1.0), 'distillation', 'NetAug with in-situ distillation')):
         assert (method_of(flags), method_name(flags)) == (method, name)
 

@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 __all__ = ['AUGMENTED', 'BLACK', 'GREY', 'Label', 'METHODS', 'Method', 'PURPLE', 'SKY_BLUE', 'TINY', 'add_labels',
            'augments_widths', 'method_name', 'method_of', 'new_figure', 'style']
 
-# The palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), told apart by colour-blind readers too.
+# The palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), told apart by colour-blind readers too, and a grey.
 BLACK, ORANGE, SKY_BLUE, GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'
 BLUE, VERMILION, PURPLE, GREY = '#0072B2', '#D55E00', '#CC79A7', '#8C8C8C'
 
