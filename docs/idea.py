@@ -15,14 +15,13 @@ from matplotlib.patches import Polygon, Rectangle
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from timm_netaug.cli.style import AUGMENTED, BLACK, TINY, new_figure, style  # noqa: E402
+from timm_netaug.cli.style import AUGMENTED, BLACK, GREY, TINY, new_figure, style, text_colour  # noqa: E402
 
 TINY_WIDTHS = [2, 3, 3, 4]  # channels of each layer
 SUPER_WIDTHS = [6, 7, 7, 9]
 SAMPLES = [[4, 7, 5, 6], [6, 4, 6, 9]]  # of two steps
 SPACING, WIDTH, HEIGHT = 1.32, 0.5, 0.5  # distance of layers, size of a channel
 TINTS = {TINY: '#B3D5EA', AUGMENTED: '#FAE3B3'}
-DARK_ORANGE, DARK_GREY = '#A86F00', '#6E6E6E'  # of text: the orange of the squares is too light to read
 
 
 def draw_network(axes: Axes, x: float, sample: Optional[List[int]]) -> None:
@@ -61,14 +60,14 @@ def picture() -> Figure:
         axes.text((left + right) / 2, 1.2, text, fontsize=15, ha='center', va='bottom')
 
     for channels, text, colour in (
-            (1, 'tiny network', TINY), (3, 'extra channels,\ndrawn for each step', DARK_ORANGE),
-            (5.1, 'not in this step', DARK_GREY)):
+            (1, 'tiny network', TINY), (3, 'extra channels,\ndrawn for each step', text_colour(AUGMENTED)),
+            (5.1, 'not in this step', text_colour(GREY))):
         axes.text(-0.3, channels * HEIGHT, text, fontsize=15, color=colour, ha='right', va='center', linespacing=1.05)
 
     for x, y, text, colour in (
             (0, -0.9, 'Each step minimises two losses, over shared weights:', BLACK),
             (0, -1.7, 'loss of the tiny network', TINY),
-            (0, -2.5, '+ loss of the tiny network with the extra channels', DARK_ORANGE),
+            (0, -2.5, '+ loss of the tiny network with the extra channels', text_colour(AUGMENTED)),
             (places[2], -0.9, 'The tiny network remains:', BLACK),
             (places[2], -1.7, 'a stock timm model', TINY)):
         axes.text(x, y, text, fontsize=15, va='center', color=colour, weight='normal' if colour == BLACK else 'bold')

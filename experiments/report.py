@@ -27,7 +27,7 @@ from run import HERE, Run, done, read_experiment
 
 sys.path.insert(0, str(HERE.parent))
 from timm_netaug.cli.style import (  # noqa: E402
-    METHODS, Label, add_labels, augments_widths, method_name, method_of, new_figure, style)
+    METHODS, Label, add_labels, augments_widths, method_name, method_of, new_figure, style, text_colour)
 
 PAGE = HERE.parent / 'docs' / 'results.md'
 PICTURES = HERE.parent / 'docs' / 'results'
@@ -166,16 +166,17 @@ def draw_costs(axes: Axes, rows: List[Row], all_rows: List[Row], of: str) -> Lis
     for row in rows:
         end = cost(row, all_rows)
         mean, deviation = row.course('eval_top1')
-        if not augments_widths(row.flags):  # its epochs take equal times
+        if not augments_widths(row.flags):
             times = end * np.arange(1, row.epochs + 1) / row.epochs
             axes.plot(times, mean, row.dashes, color=row.colour, linewidth=1.2)
         axes.errorbar(end, mean[-1], deviation[-1] if len(row.curves) > 1 else None, fmt='o', markersize=7, capsize=3,
                       color=row.colour)
         labels.append(Label(end, mean[-1], row.label, row.colour))
     unit = next(row for row in all_rows if row.name == rows[0].unit)
-    text = f'processor time (1: {unit.label}, {unit.epochs} epochs)'
+    text = (f'processor time (1: {unit.label}, {unit.epochs} epochs)\n'
+            'The epochs of a run count as equally long.')
     if any(augments_widths(row.flags) for row in rows):
-        text += "\nThe epochs of a run take equal times, except in the paper's schedule: only its end is shown."
+        text += " In the paper's schedule the first half takes longer: only its end is shown."
     axes.set_xlabel(text, loc='left')
     axes.set(ylabel='validation top-1, %', title=f'Accuracy{of} over processor time', xlim=(0, None))
     return labels
@@ -189,13 +190,13 @@ def draw_ends(axes: Axes, rows: List[Row], groups: List[str]) -> None:
             places, names, colours = places + [len(places)], names + [group], colours + ['#333333']
         for row in sorted((r for r in rows if r.model == group), key=lambda r: -statistics.mean(r.last('eval_top1'))):
             y = len(places)
-            places, names, colours = places + [y], names + [row.label], colours + [row.colour]
+            places, names, colours = places + [y], names + [row.label], colours + [text_colour(row.colour)]
             top1, in_training = row.last('eval_top1'), row.last('train_top1')
             axes.plot(statistics.mean(in_training), y, 'o', markersize=6, color=row.colour, markerfacecolor='white')
             axes.errorbar(statistics.mean(top1), y, xerr=statistics.stdev(top1) if len(top1) > 1 else None, fmt='o',
                           markersize=7, capsize=3, color=row.colour)
             relative = cost(row, rows)
-            draw_columns(axes, y, spread(top1), '?' if relative is None else f'{relative:.2f}', color=row.colour)
+            draw_columns(axes, y, spread(top1), '?' if relative is None else f'{relative:.2f}', color=colours[-1])
     draw_columns(axes, -0.9, 'top-1, %', 'time', weight='bold')
     axes.set_yticks(places, names)
     for tick, colour in zip(axes.get_yticklabels(), colours):

@@ -15,7 +15,7 @@ from matplotlib.text import Text
 
 from conftest import ROOT
 from timm_netaug.cli.curves import write_curves
-from timm_netaug.cli.style import METHODS, Label, add_labels, method_name, method_of, new_figure, style
+from timm_netaug.cli.style import METHODS, Label, add_labels, method_name, method_of, new_figure, style, text_colour
 
 sys.path.insert(0, str(ROOT / 'experiments'))
 import report  # noqa: E402
@@ -137,7 +137,7 @@ def test_pictures_of_experiments(path):
                 for tick in axes.get_yticklabels():
                     for row in rows:
                         if tick.get_text() == row.label:
-                            assert tick.get_color() == row.colour
+                            assert tick.get_color() == text_colour(row.colour)
 
 
 def test_colours_are_the_same_in_benchmarks_and_experiments(figures, tmp_path):

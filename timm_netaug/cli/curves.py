@@ -83,7 +83,7 @@ def write_curves(
             left: _draw(left, columns, losses, metric, best, '{:.4g}'),
             right: _draw(right, columns, accuracies, metric, best, '{:.4g} %'),
         }
-        left.set(title='Loss', ylabel='cross-entropy (nats)')
+        left.set(title='Loss', ylabel='loss (nats)')
         right.set(title='Top-1 accuracy' if 'eval_top5' not in accuracies else 'Accuracy', ylabel='correct images (%)')
         for axes, these in labels.items():
             add_labels(axes, these)

@@ -14,7 +14,7 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 __all__ = ['AUGMENTED', 'BLACK', 'GREY', 'Label', 'METHODS', 'Method', 'PURPLE', 'SKY_BLUE', 'TINY', 'add_labels',
-           'augments_widths', 'method_name', 'method_of', 'new_figure', 'style']
+           'augments_widths', 'method_name', 'method_of', 'new_figure', 'style', 'text_colour']
 
 # The palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), told apart by colour-blind readers too, and a grey.
 BLACK, ORANGE, SKY_BLUE, GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'
@@ -40,6 +40,9 @@ METHODS: Dict[str, Method] = {
 
 # Colours of the networks of one training: the tiny network, and the augmented sub-network that it is a part of.
 TINY, AUGMENTED = BLUE, ORANGE
+
+# Darker shades of the colours that are too light for text on white.
+_TEXT = {ORANGE: '#A86F00', SKY_BLUE: '#2378A8', PURPLE: '#A8527F', GREY: '#6E6E6E'}
 
 _RC = {
     'font.family': 'sans-serif',
@@ -111,6 +114,11 @@ def method_name(flags: Dict[str, Any]) -> str:
     return METHODS[method_of(flags)].name.format(stage=f'stage {stage}' if stage.isdigit() else stage)
 
 
+def text_colour(colour: str) -> str:
+    """Return the shade of a colour of this module that text is written in."""
+    return _TEXT.get(colour, colour)
+
+
 class Label(NamedTuple):
     """A text for a point of a panel, in the panel's data units."""
     x: float
@@ -131,9 +139,9 @@ def add_labels(axes: Axes, labels: Sequence[Label], fontsize: float = 10) -> Lis
     figure = axes.figure.canvas.figure  # of a sub-figure, too
     figure.draw_without_rendering()  # the layout is settled here
     figure.set_layout_engine('none')
-    texts = [axes.annotate(label.text, (label.x, label.y), (0, 0), textcoords='offset points', fontsize=fontsize,
-                           color=label.colour, va='center', ha='left', in_layout=False, annotation_clip=False)
-             for label in labels]
+    texts = [axes.annotate(
+        label.text, label[:2], (0, 0), textcoords='offset points', fontsize=fontsize, color=text_colour(label.colour),
+        va='center', ha='left', in_layout=False, annotation_clip=False) for label in labels]
     sizes = [(box.width, box.height) for box in (text.get_window_extent() for text in texts)]
     gap = 0.55 * sizes[0][1] / (1 + labels[0].text.count('\n'))  # about half a line
     _make_room(axes, labels, [width + 2 * gap for width, _ in sizes])
