@@ -22,6 +22,8 @@ from timm.layers import BatchNormAct2d, is_fast_norm
 from timm.utils import unwrap_model
 
 from timm_netaug.cli import train
+from timm_netaug.cli.flags import all_flags
+from timm_netaug.cli.train_flags import TRAIN_FLAGS
 from timm_netaug.layers import ElasticBatchNorm
 from timm_netaug.io.folder import export_folder
 from timm_netaug.io.run import RunDescription
@@ -31,6 +33,7 @@ PAGE = Path(__file__).with_suffix('.md')
 BASE = ('--model test_efficientnet --num-classes 10 -b 20 -j 0 --epochs 2 --warmup-epochs 0'
         ' --experiment run --device cpu')
 NETAUG = '--netaug'
+RULES = '## Values, and rules'
 CRASHED, IGNORED, SPOILED = 'CRASHED', 'IGNORED', 'CHANGES THE WEIGHTS'
 # What a flag does: change the weights, nothing in one process on a CPU, or something else that `_train` sees.
 CHANGES, SAME = 'weights', 'nothing'
@@ -94,6 +97,10 @@ ROWS: List[Tuple[str, str, str]] = [
     ('--mixup 0.5 --cutmix 0.5', '--mixup-switch-prob 0', CHANGES),
     ('--mixup 0.5', '--mixup-mode elem', CHANGES),
     ('--mixup 0.5', '--mixup-off-epoch 1', CHANGES),
+    ('', '--loss poly', CHANGES),
+    ('--loss poly', '--poly-epsilon 1', CHANGES),
+    ('--loss bce', '--loss-pos-weight 3', CHANGES),
+    ('--loss bce', '--loss-class-weight 5,1,1,1,1,1,1,1,1,1', CHANGES),
     ('', '--bce-loss', CHANGES),
     ('--bce-loss', '--bce-sum', CHANGES),
     ('--bce-loss', '--bce-target-thresh 0.05', CHANGES),
@@ -143,6 +150,7 @@ ROWS: List[Tuple[str, str, str]] = [
     ('--warmup-epochs 1', '--warmup-prefix', CHANGES),
     ('', '--min-lr 0.005', CHANGES),
     ('', '--epochs 1', CHANGES),
+    ('', '--stop-epoch 1', CHANGES),
     ('', '--epoch-repeats 2', CHANGES),
     ('', '--start-epoch 1', CHANGES),
     ('--sched step', '--decay-epochs 1', CHANGES),
@@ -173,6 +181,7 @@ ROWS: List[Tuple[str, str, str]] = [
     ('', '--mean 0.5 0.5 0.5', CHANGES),
     ('', '--std 0.5 0.5 0.5', CHANGES),
     ('', '--crop-pct 0.5', 'data'),
+    ('', '--pretrained-cfg-overlay crop_pct=0.5', 'data'),
     ('', '--interpolation nearest', 'data'),
     ('', '--model-kwargs act_layer=relu', CHANGES),
     ('', '--seed 1', CHANGES),
@@ -189,6 +198,7 @@ ROWS: List[Tuple[str, str, str]] = [
     ('-b 10', '--log-interval 1', 'said'),
     ('', '--recovery-interval 1', 'files'),
     ('', '--checkpoint-hist 1', 'files'),
+    ('', '--save-epochs 1', 'files'),
     ('', '--save-images', 'files'),
     ('', '--tta 2', SAME),
     ('', '--naflex-loader', CHANGES),
@@ -202,6 +212,7 @@ ELSEWHERE = {
     'model', 'num_classes', 'batch_size', 'resume', 'no_resume_opt', 'device', 'local_rank', 'device_modules', 'output',
     'experiment', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id',
     'naflex_train_seq_lens', 'naflex_max_seq_len',
+    'task', 'target_format', 'poly_gamma', 'class_stats', 'loss_weight_power',  # tests/test_multilabel.py
     'naflex_patch_sizes', 'naflex_patch_size_probs', 'naflex_loss_scale', 'naflex_patchify_channels_first', 'netaug',
 }
 
@@ -342,6 +353,14 @@ def row(before: str, flag: str, effect: str, root: Path, known: Dict[str, Outcom
     return f'{title(before, flag)} {without} | {cell(f"{netaug} {before}", flag, effect, root, known)} |'
 
 
+def rules() -> List[str]:
+    """Return the rows of the second table, of all flags that are not always refused."""
+    shown = [flag for flag in all_flags(TRAIN_FLAGS) if not flag.refused]
+    return [f'| `{flag.name}` | {flag.values_text() or ("switch" if flag.type is None else "")} |'
+            f' {flag.default_text() or ""} | {flag.needs.replace(" ", ", ")} | {"yes" if flag.free else ""} |'
+            for flag in shown]
+
+
 def page(rows: List[str]) -> str:
     return '\n'.join([
         '# Training flags, without and with `--netaug`',
@@ -358,6 +377,15 @@ def page(rows: List[str]) -> str:
         '| flag | without `--netaug` | with `--netaug` |',
         '|---|---|---|',
         *rows,
+        '',
+        RULES,
+        '',
+        'What `timm_netaug/cli/train_flags.py` says of each flag. A run that is resumed warns of flags that have changed,',
+        'unless they may.',
+        '',
+        '| flag | values | default | does nothing without | may change on resume |',
+        '|---|---|---|---|---|',
+        *rules(),
         '',
     ])
 

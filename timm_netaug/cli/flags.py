@@ -67,12 +67,15 @@ class Flag:
 
     def full_help(self) -> str:
         """Return the help with choices, range and default."""
-        values = self.values_text()
-        default = '' if self.default in (None, False, '') or self.default == {} or self.default == [] else (
-            ' '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in self.default)
-            if isinstance(self.default, (list, tuple)) else str(self.default))
+        values, default = self.values_text(), self.default_text()
         notes = '; '.join([*([values] if values else []), *([f'default: {default}'] if default else [])])
         return f'{self.help} ({notes})'.replace('%', '%%') if notes else self.help.replace('%', '%%')
+
+    def default_text(self) -> str:
+        """Return the default as it is typed, '' where there is none to tell."""
+        if isinstance(self.default, list):
+            return ' '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in self.default)
+        return '' if self.default in (None, '', {}) else str(self.default)
 
     def values_text(self) -> str:
         """Return choices or range in words."""
@@ -131,7 +134,8 @@ def all_flags(groups: Sequence[Group]) -> List[Flag]:
 
 def build_parser(description: str, groups: Sequence[Group]) -> argparse.ArgumentParser:
     """Make the parser of a command line from its table."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=description, usage='%(prog)s --data-dir DIR [flags]', allow_abbrev=False)
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of flags; the command line overrides it')
     for group in groups:
         shown = any(not flag.refused for flag in group.flags)
