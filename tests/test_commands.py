@@ -51,8 +51,8 @@ def test_every_command_explains_itself(name, capsys):
 def test_old_forms(name, argv, said, tmp_path):
     """They do the same, and tell of the new form in one line."""
     torch.save(make('netaug_mcunet').state_dict(), tmp_path / 'PTH')
-    old, new = (
-        run_python('-m', *form, *argv, cwd=tmp_path) for form in ([f'timm_netaug.{name}'], ['timm_netaug', name]))
+    old = run_python('-m', f'timm_netaug.{name}', *argv, cwd=tmp_path, fork=False)
+    new = run_python('-m', 'timm_netaug', name, *argv, cwd=tmp_path)
     assert said in old.stdout and old.stdout == new.stdout
     assert old.stderr == f'`python -m timm_netaug.{name}` is `python -m timm_netaug {name}` now.\n' + new.stderr
 

@@ -19,5 +19,5 @@ def test_memory_is_kept():
         'x = torch.ones(64 * 2 ** 20 // 4)\n'
         'del x\n'
         'print(resident() - before)\n')
-    kept, given_back = (int(run_python('-c', code, how).stdout) for how in ('keep', 'as-ever'))
+    kept, given_back = (int(run_python('-c', code, how, fork=False).stdout) for how in ('keep', 'as-ever'))
     assert kept > 60 * 1024 and given_back < 8 * 1024  # KiB

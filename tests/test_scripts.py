@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from timm.models import _registry
 from timm.utils import NativeScaler, ParseKwargs, dispatch_clip_grad
@@ -188,6 +189,8 @@ def test_run_with_netaug(run_dir):
     assert set(p.name for p in run_dir.iterdir()) == {
         'args.yaml', 'versions.json', 'summary.csv', 'curves.png', 'last.pth.tar', 'model_best.pth.tar',
         'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar'}
+    picture = np.array(Image.open(run_dir / 'curves.png'))
+    assert picture.shape[0] > 300 and picture.shape[1] > 1000 and len(np.unique(picture)) > 50
     again = parse_args(train_parser(), ['-c', str(run_dir / 'args.yaml')])  # a run's flags are a config for the next
     assert again.epochs == 2 and again.netaug and again.mean == [0.3]
 
@@ -223,7 +226,7 @@ def test_reads_in_stock_timm(few_digits, tmp_path):
     code = ('import sys, timm;'
             " m = timm.create_model('mobilenetv3_small_050', num_classes=10, checkpoint_path=sys.argv[1]);"
             " assert 'timm_netaug' not in sys.modules; print(sum(p.numel() for p in m.parameters()))")
-    done = run_python('-c', code, tmp_path / 'run/last.pth.tar', cwd=tmp_path)
+    done = run_python('-c', code, tmp_path / 'run/last.pth.tar', cwd=tmp_path, fork=False)
     stock = timm.create_model('mobilenetv3_small_050', num_classes=10)
     assert int(done.stdout) == sum(p.numel() for p in stock.parameters())
 
@@ -493,6 +496,50 @@ def test_weights_to_start_from_that_are_wrong(flag, content, said, few_digits, t
     assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()
 
 
+def test_validation_loss_that_is_not_a_number(few_digits, tmp_path, monkeypatch):
+    """The run ends with a sentence, and the files of the epochs before are as they were."""
+    from timm_netaug.cli import train
+
+    evaluate, run, before = train.evaluate, tmp_path / 'run', {}
+
+    def files():
+        return {p.name: p.read_bytes() for p in run.iterdir()}
+
+    def evaluated(*args, **kwargs):
+        metrics = evaluate(*args, **kwargs)
+        if not run.joinpath('last.pth.tar').exists():  # epoch 0
+            return metrics
+        before.update(files())
+        return {**metrics, 'loss': float('nan')}
+
+    monkeypatch.setattr(train, 'evaluate', evaluated)
+    argv = ['train.py', '--data-dir', few_digits, *SMALL_RUN, '--netaug', '-b', 60, '-j', 0, '--epochs', 3, '--output',
+            tmp_path, '--experiment', 'run']
+    monkeypatch.setattr(sys, 'argv', list(map(str, argv)))
+    with pytest.raises(SystemExit, match='^train.py: error: The validation loss is nan: try a lower rate. The'
+                                         ' checkpoints of the epochs before are untouched.$'):
+        train.main()
+    assert {'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar'} <= set(before) and files() == before
+    assert [row['epoch'] for row in csv.DictReader((run / 'summary.csv').open())] == ['0']
+
+
+def test_one_class_where_more_are_asked_for(few_digits, tmp_path):
+    """Images that lie in one folder are no data set of ten classes, neither to train on nor to validate on."""
+    for split in ('train', 'validation'):
+        (tmp_path / 'data' / split).mkdir(parents=True)
+        (tmp_path / 'data' / split / '7').symlink_to(few_digits / split / '7')
+    said = 'The data set has one class, 7, the model 10: the images of each class go into a folder of their own'
+    done = run_python('train.py', '--data-dir', tmp_path / 'data', *SMALL_RUN, '-b', 12, '-j', 0, '--output',
+                      tmp_path / 'out', check=False)
+    assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
+    assert not (tmp_path / 'out').exists()
+    torch.save(make('test_efficientnet').state_dict(), tmp_path / 'weights.pth')
+    done = run_python('validate.py', '--data-dir', tmp_path / 'data', '--model', 'test_efficientnet', '--num-classes',
+                      10, '--img-size', 32, '--checkpoint', tmp_path / 'weights.pth', '-j', 0, check=False)
+    assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
+    assert '--result' not in done.stdout
+
+
 def test_validate_reference_checkpoint(digits, tmp_path):
     from test_reference import reference_names
     model = make('netaug_mbv3_035')
@@ -560,7 +607,6 @@ def test_validate_knows_the_run(run_dir, digits, tmp_path):
     done = run_python(*source, tmp_path / 'some')
     got = json.loads(done.stdout[done.stdout.index('{'):])
     model = timm.create_model('netaug_mbv2_tiny', num_classes=10, checkpoint_path=str(run_dir / 'last.pth.tar')).eval()
-    from PIL import Image
     files = [(f, int(n)) for n in '379' for f in sorted((digits / 'validation' / n).glob('*.png'))]
     with torch.no_grad():
         x = torch.stack([torch.tensor(np.array(Image.open(f))).permute(2, 0, 1) for f, _ in files])
