@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 
 import timm_netaug
 
@@ -76,7 +77,13 @@ def make_supernet(name: str = 'netaug_mbv2_tiny', config: dict = {}, **kwargs) -
     return randomise(timm_netaug.augment(make(name, **kwargs), timm_netaug.NetAugConfig(**config)), 1)
 
 
-_ENV = dict(os.environ)
+def environment() -> dict:
+    """Return the variables that a test can have changed: without those that pytest and scikit-learn set."""
+    later = ('PYTEST_CURRENT_TEST', 'KMP_DUPLICATE_LIB_OK', 'KMP_INIT_AT_FORK')
+    return {k: v for k, v in os.environ.items() if k not in later}
+
+
+_ENV = environment()
 _server = None  # of fork_server.py
 
 
@@ -90,9 +97,7 @@ def run_python(*command, check: bool = True, cwd=ROOT, fork: bool = True, draw: 
         draw: Whether a run in a fork draws `curves.png`, which is an empty file otherwise.
     """
     command = [*map(str, command)]
-    same = {k: v for k, v in os.environ.items() if k != 'PYTEST_CURRENT_TEST'} == {
-        k: v for k, v in _ENV.items() if k != 'PYTEST_CURRENT_TEST'}
-    if fork and same and hasattr(os, 'fork'):
+    if fork and environment() == _ENV and hasattr(os, 'fork'):
         with Fork(*command, cwd=cwd, draw=draw) as process:
             status = process.wait(600)
             done = subprocess.CompletedProcess(command, status, process.stdout, process.stderr)
@@ -188,6 +193,12 @@ def readme_block(marker: str) -> str:
     """Return the code block of the README that follows an HTML comment."""
     text = (ROOT / 'README.md').read_text()
     return re.search(rf'<!-- {re.escape(marker)} -->\s*```\w*\n(.*?)```', text, re.S)[1]
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave `curves.png` empty: of few images, drawing it takes longer than an epoch."""
+    monkeypatch.setattr(Figure, 'savefig', lambda *args, **kwargs: None)
 
 
 @pytest.fixture(scope='session')

@@ -30,6 +30,15 @@ def test_commands_are_listed(argv, capsys):
     assert all(f'  {name} ' in out for name in COMMANDS) and 'usage: python -m timm_netaug COMMAND' in out
 
 
+def test_scripts_are_forked(digits, monkeypatch):
+    """The other tests take several times as long where they are not; a changed environment needs a new process."""
+    code = ['-c', 'import sys; print("timm_netaug.cli.train" in sys.modules)']
+    assert run_python(*code).stdout == 'True\n'
+    assert run_python(*code, fork=False).stdout == 'False\n'
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    assert run_python(*code).stdout == 'False\n'
+
+
 def test_unknown_command():
     done = run_python('-m', 'timm_netaug', 'exprot', check=False)
     assert done.returncode == 1 and done.stderr.startswith('timm_netaug: error: There is no command exprot.\n')

@@ -274,6 +274,7 @@ def register_weights(monkeypatch, name, model, file):
     monkeypatch.setitem(_registry._model_pretrained_cfgs, name, cfg)
 
 
+@pytest.mark.usefixtures('undrawn')
 @pytest.mark.parametrize('netaug', [[], ['--netaug']], ids=['plain', 'netaug'])
 @pytest.mark.parametrize('flag, classes', [('--pretrained', 10), ('--pretrained', 3), ('--initial-checkpoint', 10)])
 def test_starts_from_registered_weights_and_checkpoints(flag, classes, netaug, few_digits, tmp_path, monkeypatch):
@@ -291,6 +292,7 @@ def test_starts_from_registered_weights_and_checkpoints(flag, classes, netaug, f
     assert got['classifier.weight'].shape[0] == 10
 
 
+@pytest.mark.usefixtures('undrawn')
 def test_average_of_the_weights(few_digits, tmp_path, capsys, monkeypatch):
     """With NetAug: it is what is evaluated, and what --use-ema takes, also of a run that did not evaluate it."""
     from timm_netaug.cli import export as export_command
@@ -496,6 +498,7 @@ def test_weights_to_start_from_that_are_wrong(flag, content, said, few_digits, t
     assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()
 
 
+@pytest.mark.usefixtures('undrawn')
 def test_validation_loss_that_is_not_a_number(few_digits, tmp_path, monkeypatch):
     """The run ends with a sentence, and the files of the epochs before are as they were."""
     from timm_netaug.cli import train
@@ -540,7 +543,7 @@ def test_one_class_where_more_are_asked_for(few_digits, tmp_path):
     assert '--result' not in done.stdout
 
 
-def test_validate_reference_checkpoint(digits, tmp_path):
+def test_validate_reference_checkpoint(few_digits, tmp_path):
     from test_reference import reference_names
     model = make('netaug_mbv3_035')
     names = reference_names(model)
@@ -549,11 +552,11 @@ def test_validate_reference_checkpoint(digits, tmp_path):
     results = []
     for file in ('official.pth', 'own.pth'):
         done = run_python('validate.py', '--model', 'netaug_mbv3_035', '--checkpoint', tmp_path / file, '--data-dir',
-                          digits, '--num-classes', 10, '--img-size', 32, '-j', 0)
+                          few_digits, '--num-classes', 10, '--img-size', 32, '-j', 0)
         results.append(json.loads(done.stdout[done.stdout.index('{'):])['loss'])
     assert results[0] == results[1]
     done = run_python('validate.py', '--model', 'netaug_mcunet', '--checkpoint', tmp_path / 'official.pth',
-                      '--data-dir', digits, '--num-classes', 10, check=False)
+                      '--data-dir', few_digits, '--num-classes', 10, check=False)
     assert done.returncode == 1 and 'does not fit netaug_mcunet' in done.stderr and 'Traceback' not in done.stderr
 
 
@@ -575,7 +578,7 @@ def test_readme_network():
 
 def test_epochs_without_validation(few_digits, tmp_path):
     """The columns of summary.csv stay in place, and a schedule by metric goes on with the last one measured."""
-    run_python('train.py', '--data-dir', few_digits, '--model', 'netaug_mbv2_tiny', *SMALL, '--epochs', 3,
+    run_python('train.py', '--data-dir', few_digits, '--model', 'test_efficientnet', *SMALL, '--epochs', 3,
                '--val-interval', 2, '--sched', 'plateau', '--lr', 0.01, '--output', tmp_path, '--experiment', 'run')
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert [bool(r['eval_top1']) for r in rows] == [False, True, True]
@@ -640,9 +643,9 @@ def test_resume_with_another_training(run_dir, digits):
         assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
 
 
-def test_summary_keeps_its_columns(digits, tmp_path):
+def test_summary_keeps_its_columns(few_digits, tmp_path):
     """Three updates in an epoch: the first one of the second epoch has no augmented pass."""
-    run_python('train.py', '--data-dir', digits, *SMALL, '-b', 400, '--model', 'test_efficientnet', '--netaug',
+    run_python('train.py', '--data-dir', few_digits, *SMALL, '-b', 80, '--model', 'test_efficientnet', '--netaug',
                '--netaug-every', 2, '--netaug-distill', 0.1, '--epochs', 3, '--output', tmp_path, '--experiment', 'run')
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert list(rows[0]) == ['epoch', 'train_loss', 'train_tiny_loss', 'train_aug_loss', 'train_distill_loss',
