@@ -455,8 +455,9 @@ def test_gradient_checkpointing(name):
     """Gradients and statistics are those without it, though the backward pass comes when the widths are others."""
     stock = make(name, drop_path_rate=0.3)
     stock.set_grad_checkpointing()
-    checkpointed = augment(stock)
-    plain = augment(make(name, drop_path_rate=0.3))
+    config = NetAugConfig(width_mults=(1, 1.4), expand_mults=(1, 1.6))
+    checkpointed = augment(stock, config)
+    plain = augment(make(name, drop_path_rate=0.3), config)
     plain.load_state_dict(checkpointed.state_dict())
     x, y = images(4, 48), torch.arange(4)
     calls = []
