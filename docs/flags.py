@@ -6,10 +6,14 @@
 Each cell is a run of `train.py` of two short epochs. It 'works' if it ends as it should and has done what it is for:
 changed the weights, or something else that can be seen, against the same run without it.
 """
+import atexit
 import contextlib
+import functools
+import gc
 import hashlib
 import io
 import multiprocessing
+import os
 import shutil
 import sys
 import tempfile
@@ -18,9 +22,12 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 
 import timm
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from timm.layers import BatchNormAct2d, is_fast_norm
 from timm.utils import unwrap_model
 
+from timm_netaug import NetAugTask, augment
 from timm_netaug.cli import train
 from timm_netaug.cli.flags import all_flags
 from timm_netaug.cli.train_flags import TRAIN_FLAGS
@@ -303,14 +310,34 @@ def _train(argv: List[str], output: str, results) -> None:
     results.send(Outcome({k: str(v) for k, v in seen.items()}))
 
 
-def run(flags: str, root: Path) -> Outcome:
-    """Run `train.py` in a process of its own, which begins with all that takes long to import."""
-    context = multiprocessing.get_context('forkserver')  # a fork of this process may have threads of autograd in it
-    context.set_forkserver_preload(['timm_netaug.cli.train'])
-    receiving, sending = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory() as output:
-        size = '' if '--input-size' in flags else '--img-size 32'
-        argv = f'{BASE} {size} --data-dir {root}/digits --output {output} {flags}'.replace('DIR', str(root)).split()
+def _warm_up() -> None:
+    """Do what every run would do anew: import Pillow's plugins, and generate the kernels of the runs' shapes."""
+    Image.init()
+    torch.manual_seed(0)
+    supernet = augment(timm.create_model('test_efficientnet', num_classes=10)).to(memory_format=torch.channels_last)
+    task = NetAugTask(supernet.train(), seed=42, verbose=False)
+    optimizer = torch.optim.SGD(supernet.parameters(), lr=0.01)
+    x = torch.zeros(20, 3, 32, 32).to(memory_format=torch.channels_last)
+    for update in range(4):
+        task.start_epoch(update // 2, 2, optimizer)
+        task.start_update(update)
+        task(x, torch.zeros(20, dtype=torch.long))['loss'].backward()
+        optimizer.step()
+
+
+def _serve(requests) -> None:
+    """Make a run for every request (arguments, output folder), each in a fork of this process."""
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the runs are on the CPU, and autograd's threads for GPUs cannot be forked
+    Figure.savefig = lambda *args, **kwargs: None  # drawing the curves takes as long as the training
+    _warm_up()
+    gc.freeze()
+    context = multiprocessing.get_context('fork')
+    while True:
+        try:
+            argv, output = requests.recv()
+        except EOFError:
+            return
+        receiving, sending = context.Pipe(duplex=False)
         process = context.Process(target=_train, args=(argv, output, sending))
         process.start()
         sending.close()
@@ -319,6 +346,28 @@ def run(flags: str, root: Path) -> Outcome:
         except EOFError:
             outcome = Outcome({}, CRASHED)
         process.join()
+        requests.send(outcome)
+
+
+@functools.lru_cache(maxsize=None)
+def _server():
+    """Start the process that forks the runs; returns the connection to it."""
+    context = multiprocessing.get_context('spawn')  # a fork of this process may have threads of autograd in it
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there,))
+    process.start()
+    there.close()
+    atexit.register(here.close)  # which ends the process
+    return here
+
+
+def run(flags: str, root: Path) -> Outcome:
+    """Run `train.py` in a process of its own, which begins with all that takes long to import."""
+    with tempfile.TemporaryDirectory() as output:
+        size = '' if '--input-size' in flags else '--img-size 32'
+        argv = f'{BASE} {size} --data-dir {root}/digits --output {output} {flags}'.replace('DIR', str(root)).split()
+        _server().send((argv, output))
+        outcome = _server().recv()
     return outcome._replace(refusal=outcome.refusal.replace(str(root), 'DIR').strip())
 
 

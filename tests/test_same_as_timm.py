@@ -91,6 +91,7 @@ def reference(args, data, batches):
     return rows, model, ema
 
 
+@pytest.mark.usefixtures('undrawn')
 @pytest.mark.parametrize('model', ['mobilenetv3_small_050', 'test_resnet'])
 @pytest.mark.parametrize('argv', [
     ['--warmup-epochs', 0, '--smoothing', 0],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from timm.models import _registry
 from timm.utils import NativeScaler, ParseKwargs, dispatch_clip_grad
@@ -192,6 +193,8 @@ def test_run_with_netaug(run_dir):
     assert set(p.name for p in run_dir.iterdir()) == {
         'args.yaml', 'versions.json', 'summary.csv', 'curves.png', 'last.pth.tar', 'model_best.pth.tar',
         'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar'}
+    picture = np.array(Image.open(run_dir / 'curves.png'))
+    assert picture.shape[0] > 300 and picture.shape[1] > 1000 and len(np.unique(picture)) > 50
     again = parse_args(train_parser(), ['-c', str(run_dir / 'args.yaml')])  # a run's flags are a config for the next
     assert again.epochs == 2 and again.netaug and again.mean == [0.3]
 
@@ -227,7 +230,7 @@ def test_reads_in_stock_timm(few_digits, tmp_path):
     code = ('import sys, timm;'
             " m = timm.create_model('mobilenetv3_small_050', num_classes=10, checkpoint_path=sys.argv[1]);"
             " assert 'timm_netaug' not in sys.modules; print(sum(p.numel() for p in m.parameters()))")
-    done = run_python('-c', code, tmp_path / 'run/last.pth.tar', cwd=tmp_path)
+    done = run_python('-c', code, tmp_path / 'run/last.pth.tar', cwd=tmp_path, fork=False)
     stock = timm.create_model('mobilenetv3_small_050', num_classes=10)
     assert int(done.stdout) == sum(p.numel() for p in stock.parameters())
 
@@ -275,6 +278,7 @@ def register_weights(monkeypatch, name, model, file):
     monkeypatch.setitem(_registry._model_pretrained_cfgs, name, cfg)
 
 
+@pytest.mark.usefixtures('undrawn')
 @pytest.mark.parametrize('netaug', [[], ['--netaug']], ids=['plain', 'netaug'])
 @pytest.mark.parametrize('flag, classes', [('--pretrained', 10), ('--pretrained', 3), ('--initial-checkpoint', 10)])
 def test_starts_from_registered_weights_and_checkpoints(flag, classes, netaug, few_digits, tmp_path, monkeypatch):
@@ -292,6 +296,7 @@ def test_starts_from_registered_weights_and_checkpoints(flag, classes, netaug, f
     assert got['classifier.weight'].shape[0] == 10
 
 
+@pytest.mark.usefixtures('undrawn')
 def test_average_of_the_weights(few_digits, tmp_path, capsys, monkeypatch):
     """With NetAug: it is what is evaluated, and what --use-ema takes, also of a run that did not evaluate it."""
     from timm_netaug.cli import export as export_command
@@ -497,7 +502,52 @@ def test_weights_to_start_from_that_are_wrong(flag, content, said, few_digits, t
     assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()
 
 
-def test_validate_reference_checkpoint(digits, tmp_path):
+@pytest.mark.usefixtures('undrawn')
+def test_validation_loss_that_is_not_a_number(few_digits, tmp_path, monkeypatch):
+    """The run ends with a sentence, and the files of the epochs before are as they were."""
+    from timm_netaug.cli import train
+
+    evaluate, run, before = train.evaluate, tmp_path / 'run', {}
+
+    def files():
+        return {p.name: p.read_bytes() for p in run.iterdir()}
+
+    def evaluated(*args, **kwargs):
+        metrics = evaluate(*args, **kwargs)
+        if not run.joinpath('last.pth.tar').exists():  # epoch 0
+            return metrics
+        before.update(files())
+        return {**metrics, 'loss': float('nan')}
+
+    monkeypatch.setattr(train, 'evaluate', evaluated)
+    argv = ['train.py', '--data-dir', few_digits, *SMALL_RUN, '--netaug', '-b', 60, '-j', 0, '--epochs', 3, '--output',
+            tmp_path, '--experiment', 'run']
+    monkeypatch.setattr(sys, 'argv', list(map(str, argv)))
+    with pytest.raises(SystemExit, match='^train.py: error: The validation loss is nan: try a lower rate. The'
+                                         ' checkpoints of the epochs before are untouched.$'):
+        train.main()
+    assert {'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar'} <= set(before) and files() == before
+    assert [row['epoch'] for row in csv.DictReader((run / 'summary.csv').open())] == ['0']
+
+
+def test_one_class_where_more_are_asked_for(few_digits, tmp_path):
+    """Images that lie in one folder are no data set of ten classes, neither to train on nor to validate on."""
+    for split in ('train', 'validation'):
+        (tmp_path / 'data' / split).mkdir(parents=True)
+        (tmp_path / 'data' / split / '7').symlink_to(few_digits / split / '7')
+    said = 'The data set has one class, 7, the model 10: the images of each class go into a folder of their own'
+    done = run_python('train.py', '--data-dir', tmp_path / 'data', *SMALL_RUN, '-b', 12, '-j', 0, '--output',
+                      tmp_path / 'out', check=False)
+    assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
+    assert not (tmp_path / 'out').exists()
+    torch.save(make('test_efficientnet').state_dict(), tmp_path / 'weights.pth')
+    done = run_python('validate.py', '--data-dir', tmp_path / 'data', '--model', 'test_efficientnet', '--num-classes',
+                      10, '--img-size', 32, '--checkpoint', tmp_path / 'weights.pth', '-j', 0, check=False)
+    assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
+    assert '--result' not in done.stdout
+
+
+def test_validate_reference_checkpoint(few_digits, tmp_path):
     from test_reference import reference_names
     model = make('netaug_mbv3_035')
     names = reference_names(model)
@@ -506,11 +556,11 @@ def test_validate_reference_checkpoint(digits, tmp_path):
     results = []
     for file in ('official.pth', 'own.pth'):
         done = run_python('validate.py', '--model', 'netaug_mbv3_035', '--checkpoint', tmp_path / file, '--data-dir',
-                          digits, '--num-classes', 10, '--img-size', 32, '-j', 0)
+                          few_digits, '--num-classes', 10, '--img-size', 32, '-j', 0)
         results.append(json.loads(done.stdout[done.stdout.index('{'):])['loss'])
     assert results[0] == results[1]
     done = run_python('validate.py', '--model', 'netaug_mcunet', '--checkpoint', tmp_path / 'official.pth',
-                      '--data-dir', digits, '--num-classes', 10, check=False)
+                      '--data-dir', few_digits, '--num-classes', 10, check=False)
     assert done.returncode == 1 and 'does not fit netaug_mcunet' in done.stderr and 'Traceback' not in done.stderr
 
 
@@ -532,7 +582,7 @@ def test_readme_network():
 
 def test_epochs_without_validation(few_digits, tmp_path):
     """The columns of summary.csv stay in place, and a schedule by metric goes on with the last one measured."""
-    run_python('train.py', '--data-dir', few_digits, '--model', 'netaug_mbv2_tiny', *SMALL, '--epochs', 3,
+    run_python('train.py', '--data-dir', few_digits, '--model', 'test_efficientnet', *SMALL, '--epochs', 3,
                '--val-interval', 2, '--sched', 'plateau', '--lr', 0.01, '--output', tmp_path, '--experiment', 'run')
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert [bool(r['eval_top1']) for r in rows] == [False, True, True]
@@ -564,7 +614,6 @@ def test_validate_knows_the_run(run_dir, digits, tmp_path):
     done = run_python(*source, tmp_path / 'some')
     got = json.loads(done.stdout[done.stdout.index('{'):])
     model = timm.create_model('netaug_mbv2_tiny', num_classes=10, checkpoint_path=str(run_dir / 'last.pth.tar')).eval()
-    from PIL import Image
     files = [(f, int(n)) for n in '379' for f in sorted((digits / 'validation' / n).glob('*.png'))]
     with torch.no_grad():
         x = torch.stack([torch.tensor(np.array(Image.open(f))).permute(2, 0, 1) for f, _ in files])
@@ -598,9 +647,9 @@ def test_resume_with_another_training(run_dir, digits):
         assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
 
 
-def test_summary_keeps_its_columns(digits, tmp_path):
+def test_summary_keeps_its_columns(few_digits, tmp_path):
     """Three updates in an epoch: the first one of the second epoch has no augmented pass."""
-    run_python('train.py', '--data-dir', digits, *SMALL, '-b', 400, '--model', 'test_efficientnet', '--netaug',
+    run_python('train.py', '--data-dir', few_digits, *SMALL, '-b', 80, '--model', 'test_efficientnet', '--netaug',
                '--netaug-every', 2, '--netaug-distill', 0.1, '--epochs', 3, '--output', tmp_path, '--experiment', 'run')
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert list(rows[0]) == ['epoch', 'train_loss', 'train_tiny_loss', 'train_aug_loss', 'train_distill_loss',
