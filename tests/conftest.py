@@ -230,5 +230,5 @@ def run_dir(digits, tmp_path_factory) -> Path:
     run_python(
         'train.py', '--data-dir', digits, '--num-classes', 10, '--model', 'netaug_mbv2_tiny', '--img-size', 32,
         '--netaug', '-b', 128, '--epochs', 2, '--warmup-epochs', 0, '--lr', 0.05, '-j', 0, '--crop-pct', 1.0,
-        '--mean', 0.3, '--std', 0.35, '--output', out, '--experiment', 'netaug', draw=True)
+        '--mean', 0.3, '--std', 0.35, '--save-epochs', 1, '--output', out, '--experiment', 'netaug', draw=True)
     return out / 'netaug'

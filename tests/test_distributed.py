@@ -62,7 +62,8 @@ def test_step(processes, accum, early, tmp_path):
 @pytest.mark.parametrize('processes', [2, 3])
 def test_train(processes, few_digits, tmp_path):
     """The whole script: every validation image counts once, and the first process alone writes."""
-    command = ['train.py', '--data-dir', few_digits, *SMALL_RUN, *NETAUG, '-b', 20, '-j', 0, '--epochs', 2]
+    command = ['train.py', '--data-dir', few_digits, *SMALL_RUN, *NETAUG, '-b', 20, '-j', 0, '--epochs', 2,
+               '--save-epochs', 1]
     done = run_ranks(processes, *command, '--output', tmp_path, '--experiment', 'run')
     assert done.stdout.count('Best top1') == 1
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
@@ -72,7 +73,7 @@ def test_train(processes, few_digits, tmp_path):
     done = run_python('validate.py', '--checkpoint', tmp_path / 'run/last.pth.tar', '--data-dir', few_digits, '-j', 0)
     result = json.loads(done.stdout[done.stdout.index('{'):])
     if processes == 2:  # resumed from the first epoch, it ends with the same weights
-        resume = ['--resume', tmp_path / 'run/checkpoint-0.pth.tar', '--output', tmp_path / 'again']
+        resume = ['--resume', tmp_path / 'run/milestone-1.pth.tar', '--output', tmp_path / 'again']
         run_ranks(processes, *command, *resume, '--experiment', 'run')
         one, two = (torch.load(d / 'run/last.pth.tar', weights_only=False)['task_state']['supernet']
                     for d in (tmp_path, tmp_path / 'again'))

@@ -206,7 +206,7 @@ def test_loss_that_is_not_a_number(netaug, few_digits, tmp_path):
 
 def test_other_versions_are_told(undisturbed, few_digits, tmp_path):
     """A checkpoint of another version of PyTorch goes on, with a warning."""
-    checkpoint = torch.load(undisturbed / 'checkpoint-2.pth.tar', weights_only=False)
+    checkpoint = torch.load(undisturbed / 'last.pth.tar', weights_only=False)
     checkpoint['args'].run['versions'].update(torch='2.0.0', of_a_later_release='7')
     torch.save(checkpoint, tmp_path / 'old.pth.tar')
     done = run_python(*COMMAND, '--data-dir', few_digits, '--epochs', 4, '--resume', tmp_path / 'old.pth.tar',

@@ -111,7 +111,7 @@ def hub(server, tmp_path, monkeypatch):
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv('HF_TOKEN', 'hf_owner')
     monkeypatch.setattr('time.sleep', lambda seconds: None)
-    monkeypatch.setattr(validate_command, 'setup_default_logging', lambda: None)
+    monkeypatch.setattr(validate_command, 'set_up_logging', lambda: None)
     return server
 
 

@@ -192,7 +192,7 @@ def test_run_with_netaug(run_dir):
     assert run['data_config']['input_size'] == (3, 32, 32) and run['data_config']['crop_pct'] == 1.0
     assert set(p.name for p in run_dir.iterdir()) == {
         'args.yaml', 'versions.json', 'summary.csv', 'curves.png', 'last.pth.tar', 'model_best.pth.tar',
-        'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar'}
+        'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'milestone-1.pth.tar'}
     picture = np.array(Image.open(run_dir / 'curves.png'))
     assert picture.shape[0] > 300 and picture.shape[1] > 1000 and len(np.unique(picture)) > 50
     again = parse_args(train_parser(), ['-c', str(run_dir / 'args.yaml')])  # a run's flags are a config for the next
@@ -237,7 +237,7 @@ def test_reads_in_stock_timm(few_digits, tmp_path):
 
 def test_resume(run_dir, digits, tmp_path):
     """The second epoch, run again from the first one's checkpoint, ends with the same weights."""
-    args = ['train.py', '-c', run_dir / 'args.yaml', '--resume', run_dir / 'checkpoint-0.pth.tar', '--output', tmp_path]
+    args = ['train.py', '-c', run_dir / 'args.yaml', '--resume', run_dir / 'milestone-1.pth.tar', '--output', tmp_path]
     run_python(*args, '--experiment', 'resumed', fork=False)
     one, two = (torch.load(d / 'last.pth.tar', weights_only=False) for d in (run_dir, tmp_path / 'resumed'))
     assert one['epoch'] == two['epoch'] == 1

@@ -343,10 +343,10 @@ def test_initial_weights():
 def test_script(few_digits, tmp_path):
     """A run that is resumed ends as one that was not, to the last bit; another branch is refused by name."""
     command = ['train.py', '--data-dir', few_digits, *SMALL_RUN, '-b', 60, '-j', 0, '--netaug', '--model-ema',
-               '--netaug-from-stage', 2, '--epochs', 2, '--output', tmp_path]
+               '--netaug-from-stage', 2, '--epochs', 2, '--save-epochs', 1, '--output', tmp_path]
     done = run_python(*command, '--experiment', 'whole')
-    assert "'from_stage': 2" in done.stderr
-    first = tmp_path / 'whole/checkpoint-0.pth.tar'
+    assert 'NetAug from_stage: 2' in done.stderr
+    first = tmp_path / 'whole/milestone-1.pth.tar'
     run_python(*command, '--experiment', 'resumed', '--resume', first, fork=False)
     whole, resumed = (torch.load(tmp_path / n / 'last.pth.tar', weights_only=False) for n in ('whole', 'resumed'))
     assert whole['state_dict'].keys() == timm.create_model('test_efficientnet', num_classes=10).state_dict().keys()

@@ -77,7 +77,7 @@ def run(monkeypatch, capsys, data):
     def call(*argv):
         argv = ['validate.py', '--data-dir', data.folder, '-j', 0, '--device', 'cpu', *argv]
         monkeypatch.setattr(sys, 'argv', [str(a) for a in argv])
-        monkeypatch.setattr(script, 'setup_default_logging', lambda: None)  # a handler more with every call
+        monkeypatch.setattr(script, 'set_up_logging', lambda: None)  # a handler more with every call
         capsys.readouterr()
         script.validate()
         return json.loads(capsys.readouterr().out.removeprefix('--result\n'))
