@@ -24,6 +24,8 @@ _ACCURACIES = {
     'train_top1': ('training', '#0072B2', '-', 'o'),
     'eval_top1': ('validation', '#D55E00', '-', 's'),
     'eval_top5': ('validation, top-5', '#009E73', '--', 'D'),
+    'eval_AP50': ('validation, AP50', '#D55E00', '-', 's'),
+    'eval_AP': ('validation, AP', '#009E73', '--', 'D'),
 }
 
 Points = List[Tuple[float, float]]
@@ -59,8 +61,8 @@ def write_curves(summary: str, out: str, metric: str = 'eval_top1', decreasing: 
     columns = _read(summary)
     if 'epoch' not in columns:
         raise UserError(f'{summary} holds no epochs to plot: train for one first.')
-    accuracies = {k: v for k, v in _ACCURACIES.items() if k in ('train_top1', 'eval_top1', metric)}
-    points = columns.get(metric, [])
+    accuracies = {k: v for k, v in _ACCURACIES.items() if k in ('train_top1', 'eval_top1', 'eval_AP50', 'eval_AP', metric)}
+    points, is_detection = columns.get(metric, []), 'eval_AP50' in columns
     best: Optional[Tuple[float, float]] = None
     if points:
         best = (min if decreasing else max)(points, key=lambda point: point[1])
@@ -70,8 +72,9 @@ def write_curves(summary: str, out: str, metric: str = 'eval_top1', decreasing: 
     for axes, series, title, unit in zip(
             figure.subplots(1, 2),
             (_LOSSES, accuracies),
-            ('Loss', 'Top-1 accuracy' if 'eval_top5' not in accuracies else 'Accuracy'),
-            ('loss (nats)', 'correct images (%)'),
+            ('Loss', 'Average precision' if is_detection else
+             'Top-1 accuracy' if 'eval_top5' not in accuracies else 'Accuracy'),
+            ('loss' if is_detection else 'loss (nats)', 'average precision (%)' if is_detection else 'correct images (%)'),
     ):
         for column, (label, color, line, marker) in series.items():
             if column not in columns:

@@ -24,6 +24,7 @@ class RunDescription:
         netaug: Fields of `NetAugConfig` and `NetAugTraining`, None for a run without NetAug.
         metrics: The metric after every epoch so far.
         input_img_mode: Pillow's mode that images were converted to, None for that of the model's channels.
+        detector: Fields of `DetectorConfig`, where the model is a detector on the architecture; None for a classifier.
     """
     architecture: str
     model_args: Dict[str, Any] = field(default_factory=dict)
@@ -34,6 +35,7 @@ class RunDescription:
     netaug: Optional[Dict[str, Any]] = None
     metrics: List[Optional[float]] = field(default_factory=list)
     input_img_mode: Optional[str] = None
+    detector: Optional[Dict[str, Any]] = None
 
     @classmethod
     def from_model(
