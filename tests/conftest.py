@@ -79,7 +79,7 @@ def run_python(*command, check: bool = True, cwd=ROOT, fork: bool = True) -> sub
     that the imports depend on, or fork is False (so that a run has hashes of its own).
     """
     command = [*map(str, command)]
-    scripts = ('train.py', 'validate.py', 'experiments/variants.py')
+    scripts = ('train.py', 'validate.py', 'train_detection.py', 'validate_detection.py', 'experiments/variants.py')
     known = command[0] in scripts or command[:2] == ['-m', 'timm_netaug']
     same = {k: v for k, v in os.environ.items() if k != 'PYTEST_CURRENT_TEST'} == {
         k: v for k, v in _ENV.items() if k != 'PYTEST_CURRENT_TEST'}

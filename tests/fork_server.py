@@ -11,7 +11,9 @@ import sys
 import numpy as np
 
 import timm_netaug.cli.train
-import timm_netaug.cli.validate  # noqa: F401
+import timm_netaug.cli.train_detection
+import timm_netaug.cli.validate
+import timm_netaug.cli.validate_detection  # noqa: F401
 
 
 def next_run() -> dict:

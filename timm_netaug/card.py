@@ -9,12 +9,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from .costs import MEMORY_MODEL
 from .info import describe
 
-__all__ = ['METRICS', 'known_facts', 'model_card']
+__all__ = ['CITATION', 'METRICS', 'known_facts', 'model_card', 'shell_block']
 
 _FACTS = dict(command=list, processes=int, evaluated_with=list, epoch=int, epochs=int, metrics=dict, images=int,
               dataset=str, dataset_terms=str, converted_from=str, baseline=dict, baseline_about=str)
 METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
-_CITATION = """@inproceedings{cai2022netaug,
+CITATION = """@inproceedings{cai2022netaug,
   title={Network Augmentation for Tiny Deep Learning},
   author={Cai, Han and Gan, Chuang and Lin, Ji and Han, Song},
   booktitle={International Conference on Learning Representations},
@@ -107,7 +107,7 @@ Computed for {size}, not measured on a board. {MEMORY_MODEL}""",
         processes = facts.get('processes', 1)
         program = ['python'] if processes == 1 else ['torchrun', '--nproc-per-node', str(processes)]
         done = f'{facts["epoch"]} of {facts["epochs"]} epochs' if {'epoch', 'epochs'} <= set(facts) else ''
-        parts.append('## Training\n\n' + _shell([*program, 'train.py', '--data-dir', 'DATA', *command]) + (
+        parts.append('## Training\n\n' + shell_block([*program, 'train.py', '--data-dir', 'DATA', *command]) + (
             f'\n\nThe weights are those after {done}. ' if done else '\n\n')
             + 'Flags that are not there have the defaults of `train.py`.')
     if facts.get('dataset'):
@@ -121,8 +121,8 @@ Computed for {size}, not measured on a board. {MEMORY_MODEL}""",
         images = f' of {facts["images"]:,} images' if 'images' in facts else ''
         split = facts.get('evaluated_with', ['--split', 'validation'])
         line = ['python', 'validate.py', '--data-dir', 'DATA', '--model', f'hf-hub:{repo}', *split]
-        parts.append(f'## Metrics\n\n| `{split[-1]}` split{images} | |\n|---|---|\n{rows}\n{_shell(line)}')
-    parts.append(f'## Citation\n\n```bibtex\n{_CITATION}\n```')
+        parts.append(f'## Metrics\n\n| `{split[-1]}` split{images} | |\n|---|---|\n{rows}\n{shell_block(line)}')
+    parts.append(f'## Citation\n\n```bibtex\n{CITATION}\n```')
     return '\n\n'.join(parts) + '\n'
 
 
@@ -130,7 +130,7 @@ def _numbers(values: List[float]) -> str:
     return ' '.join(f'{v:g}' for v in values)
 
 
-def _shell(words: List[str]) -> str:
+def shell_block(words: List[str]) -> str:
     """Return a block with a command, broken before flags where its lines get long."""
     lines = ['']
     for i, word in enumerate(words):

@@ -136,7 +136,7 @@ class DenseDetector(nn.Module):
         for module in (*self.lateral.modules(), *self.smooth.modules(), *self.class_tower, *self.box_tower,
                        *self.classes, *self.boxes, *self.centerness):
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode='fan_out')
+                nn.init.kaiming_normal_(module.weight, nonlinearity='relu')  # by the inputs: depthwise ones have 9
         for prediction in (self.classes, self.boxes, self.centerness):
             nn.init.normal_(prediction[-1].weight, std=0.01)
         nn.init.constant_(self.classes[-1].bias, -torch.log(torch.tensor((1 - _PRIOR) / _PRIOR)).item())

@@ -25,10 +25,11 @@ from ..io.atomic import atomic_write
 from ..io.checkpoint import check_finite, load_weights, read_checkpoint, read_weights
 from ..io.folder import CONFIG, MAX_CONFIG, WEIGHTS, export_folder
 from ..io.run import RunDescription
+from ..load import read_run
 from .detector import DenseDetector, Detector, DetectorConfig, build_detector
 
-__all__ = ['BACKBONE', 'detector_run', 'export_detector', 'find_detector_folder', 'load_checkpoint', 'load_dense_weights',
-           'load_detector_folder', 'read_detector_run']
+__all__ = ['BACKBONE', 'architecture_of', 'detector_run', 'export_detector', 'find_detector_folder', 'load_checkpoint',
+           'load_dense_weights', 'load_detector_folder', 'load_trained', 'read_config', 'read_detector_run']
 
 BACKBONE = 'backbone'
 _KIND = 'timm_netaug.detection'  # of a `config.json`
@@ -105,12 +106,11 @@ def export_detector(
         facts: What is known of its training: 'command', 'metrics' (AP in percent), and so on.
     """
     config, out_dir = detector.config, Path(out_dir)
-    dense = detector.dense
-    state = {k: t.detach().cpu().contiguous() for k, t in dense.state_dict().items()}
-    # The whole stock model, of which timm's `features_only` takes the same part: what it lacks (a head convolution)
-    # would be new weights, so the model of the folder is the backbone's own where it has none.
+    state = {k: t.detach().cpu().contiguous() for k, t in detector.dense.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
-        whole = create_model(config.backbone, **{**config.backbone_args, 'num_classes': 0})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # layers behind the last feature, which no detector has, are new: the same ones each time
+            whole = create_model(config.backbone, **{**config.backbone_args, 'num_classes': 0})
         own = {k[len('backbone.'):]: t for k, t in state.items() if k.startswith('backbone.')}
         whole.load_state_dict(own, strict=False)
         export_folder(whole, folder, _backbone_run(config))
@@ -119,10 +119,15 @@ def export_detector(
             _copy(Path(folder, name), out_dir / BACKBONE / name)
         save_file(state, Path(folder, 'detector'))
         _copy(Path(folder, 'detector'), out_dir / WEIGHTS)
-    fields = dict(kind=_KIND, architecture=config.backbone, **config.to_dict())
+    fields = dict(kind=_KIND, architecture=architecture_of(config), **config.to_dict())
     with atomic_write(out_dir / CONFIG) as f:
         json.dump({**fields, **(dict(timm_netaug=dict(facts)) if facts else {})}, f, indent=2)
         f.write('\n')
+
+
+def architecture_of(config: DetectorConfig) -> str:
+    """Return what the config of a detector calls itself: no name of timm's, which cannot build it."""
+    return f'detector:{config.backbone}'
 
 
 def _copy(file: Path, out: Path) -> None:
@@ -210,3 +215,20 @@ def load_detector_folder(folder: Union[str, Path], source: Optional[str] = None)
     detector = build_detector(config)
     load_weights(detector.dense, weights, source)
     return detector.eval()
+
+
+def load_trained(source: str, use_ema: Optional[bool] = None) -> Tuple[Optional[Detector], Optional[RunDescription]]:
+    """Build the trained detector that a user names, with the run of a checkpoint; None, None for other things.
+
+    Args:
+        source: A checkpoint of `train_detection.py`, or the folder of a detector.
+        use_ema: See `load_checkpoint`.
+
+    Raises:
+        UserError: The detector is broken.
+    """
+    if os.path.isdir(source):
+        folder = find_detector_folder(source)
+        return (None if folder is None else load_detector_folder(folder, source)), None
+    run = read_run(source) if os.path.isfile(source) else None
+    return load_checkpoint(source, use_ema) if run is not None and run.detector else (None, None)

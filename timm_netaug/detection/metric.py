@@ -1,7 +1,6 @@
 """Average precision of detections, computed by torchmetrics on faster-coco-eval."""
-import contextlib
 import importlib.util
-import io
+import logging
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
@@ -15,6 +14,7 @@ __all__ = ['METRICS', 'DetectionEvaluator', 'check_metric']
 # Ours -> torchmetrics' name. In percent. COCO's definition: precision at 101 values of recall, not VOC07's 11.
 METRICS = dict(AP='map', AP50='map_50', AP75='map_75', AP_small='map_small', AP_medium='map_medium',
                AP_large='map_large')
+logging.getLogger('faster_coco_eval').setLevel(logging.WARNING)  # it prints a table at every evaluation
 _PACKAGES = dict(torchmetrics='torchmetrics', faster_coco_eval='faster-coco-eval')
 
 
@@ -112,8 +112,7 @@ def average_precision(
     metric.warn_on_many_detections = False
     indices = sorted(true)
     metric.update([found[i] for i in indices], [true[i] for i in indices])
-    with contextlib.redirect_stdout(io.StringIO()):  # its tables
-        values = metric.compute()
+    values = metric.compute()
 
     def percent(value: torch.Tensor) -> Optional[float]:
         return 100 * value.item() if value.item() >= 0 else None  # -1 stands for no object

@@ -28,9 +28,12 @@ _MAX_OTHER = 8192  # of widths, depths and pixels
 
 
 def copy_files(folder: Union[str, Path], out_dir: Union[str, Path]) -> None:
-    """Copy the files of a folder into another one, each of them complete at every moment."""
+    """Copy the files of a folder, and of those in it, into another one, each of them complete at every moment."""
     os.makedirs(out_dir, exist_ok=True)
     for file in Path(folder).iterdir():
+        if file.is_dir():
+            copy_files(file, Path(out_dir, file.name))
+            continue
         with file.open('rb') as f, atomic_write(Path(out_dir, file.name), 'wb') as copy:
             shutil.copyfileobj(f, copy)
 
