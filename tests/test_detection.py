@@ -1,10 +1,9 @@
 """Detectors: the dense part in a super-network, data sets and what is wrong with them, training, metric, folder, Hub."""
-import copy
+import importlib.util
 import json
 import math
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -12,17 +11,19 @@ import torch
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 from torchvision.models.detection import FCOS
-from torchvision.transforms import v2
 
 import timm_netaug
-from conftest import ROOT, SHARED, generator, images, randomise, run_python
-from detection_data import COLORS, SIZE, rectangles, write_coco, write_voc, xml
+from conftest import generator, images, randomise, run_python
+from detection_data import COLORS, SIZE, write_coco, write_voc, xml
 from hub_server import serve
-from timm_netaug.detection import DetectorConfig, create_detector, export_detector
+from timm_netaug.__main__ import main as run_command
+from timm_netaug.cli.args import parse_args
+from timm_netaug.cli.train_detection import Detection, train_detection_parser
+from timm_netaug.detection import create_detector, export_detector
 from timm_netaug.detection.data import (
     DetectionDataset, collate, eval_transform, find_classes, read_class_map, read_split, size_notes, train_transform)
 from timm_netaug.detection.detector import build_detector
-from timm_netaug.detection.evaluate import evaluate_detector, predict
+from timm_netaug.detection.evaluate import predict
 from timm_netaug.detection.fcos import STRIDES, Fcos, _Matched
 from timm_netaug.detection.folder import load_checkpoint
 from timm_netaug.detection.metric import average_precision
@@ -32,7 +33,7 @@ from timm_netaug.info import describe
 
 NAMES = sorted(COLORS)
 needs_metric = pytest.mark.skipif(
-    __import__('importlib').util.find_spec('faster_coco_eval') is None, reason='faster-coco-eval is not installed')
+    importlib.util.find_spec('faster_coco_eval') is None, reason='faster-coco-eval is not installed')
 
 
 def make(name='test_efficientnet', classes=3, size=64, **kwargs):
@@ -117,7 +118,7 @@ def levels(fcos, box, side):
 
 def test_ranges_follow_the_input():
     """A box goes to the same level in an input of twice the size; with torchvision's ranges it would not."""
-    for side in (14, 30, 60, 150, 240):
+    for side in (14, 30, 60, 150, 200):
         box = torch.tensor([[160 - side / 2, 160 - side / 2, 160 + side / 2, 160 + side / 2]])
         want = levels(Fcos(1, Fcos.scale_of((640, 640))), 2 * box, 640)
         assert levels(Fcos(1, Fcos.scale_of((320, 320))), box, 320) == want
@@ -305,11 +306,20 @@ WRONG = {
 
 
 @pytest.mark.parametrize('mistake', WRONG, ids=lambda f: f.__name__)
-def test_wrong_data_is_refused_in_a_sentence(mistake, copied, tmp_path):
-    """Before the first step, and before anything is written."""
+def test_wrong_data_is_refused_in_a_sentence(mistake, copied):
     mistake(copied)
+    parser = train_detection_parser()
+    args = parse_args(parser, ['--data-dir', str(copied), *map(str, RUN)])
+    with pytest.raises(UserError) as refused:
+        Detection().set_up_model(args)
+    assert WRONG[mistake] in str(refused.value) and str(refused.value).endswith('.')
+
+
+def test_refusals_come_first(copied, tmp_path):
+    """Before the first step, and before anything is written: one line."""
+    nan(copied)
     done = run_python('train_detection.py', '--data-dir', copied, *RUN, '--output', tmp_path / 'out', check=False)
-    assert done.returncode == 1 and WRONG[mistake] in done.stderr and 'Traceback' not in done.stderr
+    assert done.returncode == 1 and WRONG[nan] in done.stderr and 'Traceback' not in done.stderr
     assert 'train_detection.py: error: ' in done.stderr.splitlines()[-1] and not (tmp_path / 'out').exists()
 
 
@@ -493,3 +503,87 @@ def test_without_the_metric(monkeypatch):
     with pytest.raises(UserError, match=re.escape('needs faster-coco-eval: pip install faster-coco-eval (or'
                                                   ' timm_netaug[detection]).')):
         metric.check_metric()
+
+
+# Folder, commands and Hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server on the loopback address, with this process's client pointed at it and logged in."""
+    with serve() as server:
+        for name, value in dict(
+                ENDPOINT=server.url,
+                HUGGINGFACE_CO_URL_TEMPLATE=server.url + '/{repo_id}/resolve/{revision}/{filename}',
+                HF_HUB_CACHE=str(tmp_path / 'cache'), HF_TOKEN_PATH=str(tmp_path / 'no-token'),
+                HF_HUB_DISABLE_XET=True).items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv('HF_TOKEN', 'hf_owner')
+        monkeypatch.setattr('time.sleep', lambda seconds: None)
+        yield server
+
+
+@needs_metric
+def test_push_and_pull(run_dir, voc, hub, tmp_path):
+    """Over the loopback address: what is pulled and what is loaded by name compute what the checkpoint does."""
+    checkpoint = run_dir / 'last.pth.tar'
+    run_command(['hub', 'push', str(checkpoint), 'owner/tiny', '--data-dir', str(voc), '--license', 'apache-2.0',
+                 '--dataset-name', 'rectangles'])
+    files = hub.files('owner/tiny')
+    assert set(files) == {'README.md', 'config.json', 'model.safetensors', 'backbone/config.json',
+                          'backbone/model.safetensors'} and len(hub.repos['owner/tiny']['commits']) == 1
+    card = ModelCard(files['README.md'].decode())
+    results = {r.metric_name.split()[0]: r for r in card.data.eval_results}
+    facts = json.loads(files['config.json'])['timm_netaug']
+    assert card.data.pipeline_tag == 'object-detection' and results['AP50'].dataset_split == 'val'
+    assert results['AP'].metric_value == facts['metrics']['AP'] and facts['images'] == 6
+    command = facts['command']
+    assert '--netaug' in command and '--data-dir' not in command and 'train_detection.py' in card.text
+
+    x, (want, _) = images(1, 64), load_checkpoint(str(checkpoint))
+    run_command(['hub', 'pull', 'owner/tiny', str(tmp_path / 'pulled')])
+    with torch.no_grad():
+        for name in ('hf-hub:owner/tiny', f'local-dir:{tmp_path / "pulled"}'):
+            assert equal(create_detector(name).dense(x), want.dense(x))
+        backbone = create_detector(f'local-dir:{tmp_path / "pulled/backbone"}', 2, 64, pretrained=True).eval()
+        assert all(map(torch.equal, backbone.dense.backbone(x), want.dense.backbone(x)))
+    again = json.loads((tmp_path / 'pulled/config.json').read_text())
+    assert again == json.loads(files['config.json'])
+
+
+@needs_metric
+def test_a_push_with_another_metric_is_refused(run_dir, voc, hub, tmp_path):
+    data = shutil.copytree(voc, tmp_path / 'other')
+    for i in range(10, 16):
+        (data / f'Annotations/i{i}.xml').write_text(xml(f'i{i}', [('red', [0, 0, 70, 50])]))
+    checkpoint = torch.load(run_dir / 'last.pth.tar', weights_only=False)
+    torch.save({**checkpoint, 'metric': 99.0}, tmp_path / 'c.pth.tar')
+    with pytest.raises(SystemExit, match='Nothing is pushed'):
+        run_command(['hub', 'push', str(tmp_path / 'c.pth.tar'), 'owner/tiny', '--data-dir', str(data)])
+    assert not hub.repos
+
+
+def test_other_repositories_and_broken_folders(hub, tmp_path):
+    export_detector(make(), tmp_path / 'folder')
+    config = json.loads((tmp_path / 'folder/config.json').read_text())
+    for i, (fields, said) in enumerate((
+            (dict(num_classes=10 ** 9), 'no detector is built with'), (dict(img_size=[3, 5]), '32'),
+            (dict(backbone_args=dict(pretrained=True)), 'they may not'))):
+        hub.put(f'owner/bad{i}', config__json=json.dumps({**config, **fields}).encode(), model__safetensors=b'')
+        with pytest.raises(UserError, match=said):
+            create_detector(f'hf-hub:owner/bad{i}')
+    with pytest.raises(UserError, match='leave the arguments out'):
+        create_detector(f'local-dir:{tmp_path / "folder"}', 3, 64)
+    with pytest.raises(UserError, match='There is no repository owner/none'):
+        create_detector('hf-hub:owner/none')
+
+
+def test_export_and_info_of_a_checkpoint(run_dir, tmp_path, capsys):
+    run_command(['export', str(run_dir / 'last.pth.tar'), str(tmp_path / 'out')])
+    x, (want, _) = images(1, 64), load_checkpoint(str(run_dir / 'last.pth.tar'))
+    with torch.no_grad():
+        assert equal(create_detector(f'local-dir:{tmp_path / "out"}').dense(x), want.dense(x))
+    capsys.readouterr()
+    run_command(['info', str(tmp_path / 'out'), '--samples', '1'])
+    out = capsys.readouterr().out
+    assert 'input 3 x 64 x 96, 3 classes' in out and f'{sum(p.numel() for p in want.dense.parameters()):,}' in out
