@@ -409,7 +409,7 @@ def test_run_folder(run_dir):
         assert picture.width > 600
     detector, run = load_checkpoint(str(run_dir / 'last.pth.tar'))
     assert run.netaug and run.ema and detector.config.class_names == tuple(NAMES)
-    assert detector.config.img_size == (64, 96) and detector.config.scale == 0.15
+    assert detector.config.img_size == (64, 96) and detector.config.scale == 0.4
 
 
 @needs_metric

@@ -15,6 +15,7 @@ STRIDES = (8, 16, 32)
 Output = Dict[str, List[torch.Tensor]]  # of `DenseDetector`
 Target = Dict[str, torch.Tensor]  # of an image: 'boxes' (N, 4), in pixels of the input, and 'labels' (N,), from 0
 _BASE_SIZE = 640  # pixels of the longer side at which the size ranges of torchvision's strides are right
+_MIN_SCALE = 0.4  # below it, the ranges of the coarse levels are narrower than the grids of their points
 _CENTER_RADIUS = 1.5  # strides
 
 
@@ -37,7 +38,7 @@ class Fcos(nn.Module):
 
     Args:
         num_classes: Classes of objects; there is none for the background.
-        scale: Anchor size divided by stride: the longer side of the training's input, divided by 640.
+        scale: Anchor size divided by stride (see `scale_of`).
         score_thresh: Boxes of a lower score are left out.
         nms_thresh: Overlap (IoU) from which the weaker one of two boxes of a class is left out.
         detections_per_img: Boxes of an image, at most.
@@ -69,8 +70,8 @@ class Fcos(nn.Module):
 
     @staticmethod
     def scale_of(img_size: Sequence[int]) -> float:
-        """Return the scale for an input of this height and width."""
-        return max(img_size) / _BASE_SIZE
+        """Return the scale for an input of this height and width: the longer side, divided by 640, and at least 0.4."""
+        return max(max(img_size) / _BASE_SIZE, _MIN_SCALE)
 
     def anchors(self, sizes: Sequence[Tuple[int, int]], device: Any = None) -> List[torch.Tensor]:
         """Return the anchors of every level (points, 4), in pixels of the input.
