@@ -71,8 +71,9 @@ def draw(results: Dict[str, List[Dict[str, Any]]], out: str, title: str) -> None
                   label=label)
     for row in next(iter(results.values())):
         axes.axvline(row['macs'] / 1e6, color='0.85', linewidth=0.8, zorder=0)
-        axes.annotate(f'{row["size"][0]} x {row["size"][1]}', (row['macs'] / 1e6, 1.01), xycoords=('data', 'axes fraction'),
-                      fontsize=7, rotation=40, color='0.3')
+        axes.annotate(
+            f'{row["size"][0]} x {row["size"][1]}', (row['macs'] / 1e6, 1.01), xycoords=('data', 'axes fraction'),
+            fontsize=7, rotation=40, color='0.3')
     figure.suptitle(title, fontsize=11)
     axes.set(xlabel='multiply-accumulates (millions)', ylabel='AP50 (%)')
     axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""Write the recipes of detection, `ARCH.det_SET/train_detection.yaml` beside this file: `python make_detection_recipes.py`.
+"""Write the recipes of detection, `ARCH.det_SET/train_detection.yaml` here: `python make_detection_recipes.py`.
 
 The paper (section 4.1) tells the data, the number of GPUs, the batch and the epochs. All else is marked as ours.
 """
@@ -30,7 +30,7 @@ def recipe(model: str, data: str) -> str:
 #   torchrun --nproc-per-node P train_detection.py {file} \\
 #     --data-dir DATA -b {images}/P
 # The paper's figure: {figure}; which networks those are, it does not say for its detectors.
-# Of the paper: the data, {images} images in an update, {epochs} epochs, weights of ImageNet-1K with NetAug to start from.
+# Of the paper: the data, {images} images in an update, {epochs} epochs, and weights of ImageNet-1K with NetAug.
 # The paper does not tell, so these are ours: detector, optimizer, learning rate, input size and augmentation.
 # AP50 is COCO's (101 values of recall), not that of Pascal VOC 2007.
 model: {model}

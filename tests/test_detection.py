@@ -1,4 +1,4 @@
-"""Detectors: the dense part in a super-network, data sets and what is wrong with them, training, metric, folder, Hub."""
+"""Detectors: the dense part in a super-network, data sets and what is wrong with them, training, folder and Hub."""
 import importlib.util
 import json
 import math
@@ -587,3 +587,19 @@ def test_export_and_info_of_a_checkpoint(run_dir, tmp_path, capsys):
     run_command(['info', str(tmp_path / 'out'), '--samples', '1'])
     out = capsys.readouterr().out
     assert 'input 3 x 64 x 96, 3 classes' in out and f'{sum(p.numel() for p in want.dense.parameters()):,}' in out
+
+
+@needs_metric
+def test_two_processes(voc, tmp_path):
+    """By torchrun, on five validation images: none is counted twice, and both processes' images are in the metric."""
+    shutil.copytree(voc, tmp_path / 'data')
+    (tmp_path / 'data/ImageSets/Main/val.txt').write_text(''.join(f'i{i}\n' for i in range(10, 15)))
+    flags = [*RUN, '--data-dir', tmp_path / 'data', '--epochs', 1, '--netaug', '--output', tmp_path]
+    run_python('-m', 'torch.distributed.run', '--nproc-per-node', 2, 'train_detection.py', *flags, '-b', 4,
+               '--experiment', 'two')
+    row = dict(zip(*(line.split(',') for line in (tmp_path / 'two/summary.csv').read_text().splitlines())))
+    done = run_python('validate_detection.py', '--data-dir', tmp_path / 'data', '-j', 0, '--checkpoint',
+                      tmp_path / 'two/last.pth.tar')
+    result = json.loads(done.stdout.partition('--result\n')[2])
+    assert result['images'] == 5 and result['AP50'] == round(float(row['eval_AP50']), 4)
+    assert result['loss'] == pytest.approx(float(row['eval_loss']), abs=1e-4)

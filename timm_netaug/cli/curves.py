@@ -61,7 +61,8 @@ def write_curves(summary: str, out: str, metric: str = 'eval_top1', decreasing: 
     columns = _read(summary)
     if 'epoch' not in columns:
         raise UserError(f'{summary} holds no epochs to plot: train for one first.')
-    accuracies = {k: v for k, v in _ACCURACIES.items() if k in ('train_top1', 'eval_top1', 'eval_AP50', 'eval_AP', metric)}
+    shown = ('train_top1', 'eval_top1', 'eval_AP50', 'eval_AP', metric)
+    accuracies = {k: v for k, v in _ACCURACIES.items() if k in shown}
     points, is_detection = columns.get(metric, []), 'eval_AP50' in columns
     best: Optional[Tuple[float, float]] = None
     if points:
@@ -74,7 +75,7 @@ def write_curves(summary: str, out: str, metric: str = 'eval_top1', decreasing: 
             (_LOSSES, accuracies),
             ('Loss', 'Average precision' if is_detection else
              'Top-1 accuracy' if 'eval_top5' not in accuracies else 'Accuracy'),
-            ('loss' if is_detection else 'loss (nats)', 'average precision (%)' if is_detection else 'correct images (%)'),
+            ('loss', 'average precision (%)') if is_detection else ('loss (nats)', 'correct images (%)'),
     ):
         for column, (label, color, line, marker) in series.items():
             if column not in columns:

@@ -262,7 +262,8 @@ def write_epoch(args, epoch: int, train_metrics, metrics, task: TrainingTask, op
     saver.save_checkpoint(epoch, metric=metrics.get(args.eval_metric))
     _logger.info(f'Epoch {epoch}: ' + '  '.join(
         f'{split}_{k} {v:.4g}'
-        for split, values in (('train', train_metrics), ('eval', metrics)) for k, v in values.items() if v not in ('', None)))
+        for split, values in (('train', train_metrics), ('eval', metrics))
+        for k, v in values.items() if v not in ('', None)))
 
 
 def stopped(epoch: int, saver, number: int) -> NoReturn:
@@ -272,7 +273,8 @@ def stopped(epoch: int, saver, number: int) -> NoReturn:
         try:
             saver.save_recovery(epoch, batch_idx=name)
         except UserError as e:
-            sys.exit(f'{os.path.basename(sys.argv[0])}: stopped by {name} in epoch {epoch}, and nothing was saved of it. {e}')
+            program = os.path.basename(sys.argv[0])
+            sys.exit(f'{program}: stopped by {name} in epoch {epoch}, and nothing was saved of it. {e}')
         last = os.path.join(saver.checkpoint_dir, 'last.pth.tar')
         again = f'with --resume {last}' if os.path.exists(last) else 'by the same command'
         _logger.warning(f'Stopped by {name} in epoch {epoch}. Go on {again}, which does this epoch again, exactly; or'

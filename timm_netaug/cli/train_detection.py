@@ -165,7 +165,7 @@ class Detection:
         return Fcos(self.config.num_classes, self.config.scale)
 
     def set_up_data(self, args, model: nn.Module, device: torch.device, dtype: torch.dtype) -> Tuple[Any, ...]:
-        """Return how images are prepared, both loaders, None for the mixing of batches, and the names of the classes."""
+        """Return how images are prepared, both loaders, None for the mixing of batches, and the class names."""
         config = self.config.data_config
         flags = {} if args.no_aug else dict(
             hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter, crop_prob=args.crop_prob,

@@ -264,16 +264,15 @@ def _clean(images: Sequence[AnnotatedImage], name: str) -> Tuple[List[AnnotatedI
             ignored=image.ignored[keep], trained=image.trained[keep]))
     notes = []
     if dropped:
-        notes.append(f'{name}: {_boxes(len(dropped))} without an area {"is" if len(dropped) == 1 else "are"} left out'
-                     f' ({_some(dict.fromkeys(dropped))}).')
+        notes.append(f'{name}: {_boxes(dropped, "without an area")} left out ({_some(dict.fromkeys(dropped))}).')
     if clipped:
-        notes.append(f'{name}: {_boxes(len(clipped))} beyond the edge of the image {"is" if len(clipped) == 1 else "are"}'
-                     f' clipped to it ({_some(dict.fromkeys(clipped))}).')
+        notes.append(f'{name}: {_boxes(clipped, "beyond the edge of the image")} clipped to it'
+                     f' ({_some(dict.fromkeys(clipped))}).')
     return cleaned, notes
 
 
-def _boxes(count: int) -> str:
-    return '1 box' if count == 1 else f'{count:,} boxes'
+def _boxes(images: Sequence[str], which: str) -> str:
+    return f'1 box {which} is' if len(images) == 1 else f'{len(images):,} boxes {which} are'
 
 
 def find_classes(train: Split, val: Optional[Split] = None, class_names: Optional[Sequence[str]] = None) -> List[str]:
@@ -342,8 +341,9 @@ def size_notes(split: Split, names: Sequence[str], fcos: Fcos, img_size: Sequenc
     if not shares:
         return []
     told = _some((f'{max(100 * shares[n], 0.1):.1f} % of {n}' for n in sorted(shares, key=shares.get, reverse=True)), 8)
-    return [f'{split.name}: boxes that are too small to be learned at {img_size[0]} x {img_size[1]}, because no point of'
-            f' the detector is theirs: {told}. A larger --img-size keeps more of them.']
+    size = f'{img_size[0]} x {img_size[1]}'
+    return [f'{split.name}: boxes that are too small to be learned at {size}, because no point of the detector is'
+            f' theirs: {told}. A larger --img-size keeps more of them.']
 
 
 class _Crop(v2.RandomIoUCrop):

@@ -206,7 +206,8 @@ def create_backbone(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Mo
             return create_model(source, pretrained=pretrained, features_only=True,
                                 **({} if indices is None else dict(out_indices=indices)), **kwargs)
         except Exception as e:  # whatever a constructor, a folder or the Hub find wrong
-            raise UserError(f'{name} cannot be built as a backbone: {" ".join(str(e).split())[:300].rstrip(".")}.') from e
+            told = ' '.join(str(e).split())[:300].rstrip('.')
+            raise UserError(f'{name} cannot be built as a backbone: {told}.') from e
 
     with torch.device('meta'):
         strides = build(None, False).feature_info.reduction()

@@ -109,7 +109,7 @@ def export_detector(
     state = {k: t.detach().cpu().contiguous() for k, t in detector.dense.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # layers behind the last feature, which no detector has, are new: the same ones each time
+            torch.manual_seed(0)  # layers behind the last feature are new, the same ones each time
             whole = create_model(config.backbone, **{**config.backbone_args, 'num_classes': 0})
         own = {k[len('backbone.'):]: t for k, t in state.items() if k.startswith('backbone.')}
         whole.load_state_dict(own, strict=False)
@@ -151,7 +151,8 @@ def read_config(folder: Path, source: str) -> Tuple[DetectorConfig, Dict[str, An
         if any(k.startswith('pretrained') or k in ('checkpoint_path', 'features_cls') for k in config.backbone_args):
             raise ValueError('its backbone_args say how weights are loaded, which they may not')
     except (ValueError, TypeError, KeyError, OSError) as e:
-        raise UserError(f'{source} cannot be used, its {CONFIG} is not one of a detector: {first_line(e)[:300]}.') from e
+        told = first_line(e)[:300]
+        raise UserError(f'{source} cannot be used, its {CONFIG} is not one of a detector: {told}.') from e
     return config, fields
 
 
