@@ -8,7 +8,7 @@ from typing import Dict
 MODELS = {'netaug_mbv2_035': ('MobileNetV2 w0.35', 256), 'netaug_mcunet': ('MCUNet', 256)}  # name, our input size
 # Title, layout of DATA, splits, GPUs, images of an update, epochs, and the paper's figure.
 SETS = {
-    'voc': ('Pascal VOC 07+12', 'the folder VOCdevkit, with VOC2007 and VOC2012', 'VOC2007/trainval+VOC2012/trainval',
+    'voc': ('Pascal VOC 07+12', 'the folder VOCdevkit with VOC2007 and VOC2012', 'VOC2007/trainval+VOC2012/trainval',
             'VOC2007/test', 8, 64, 200, '41 % fewer MACs than the baseline at equal AP50'),
     'coco': ('COCO 2017', 'a folder with annotations/, train2017 and val2017', 'train2017', 'val2017', 16, 128, 120,
              '38 % fewer MACs than the baseline at equal AP50'),
@@ -26,10 +26,10 @@ def recipe(model: str, data: str) -> str:
 # DATA is {layout}. One process:
 #   python train_detection.py {file} \\
 #     --data-dir DATA
-# P processes on one machine (the paper: {gpus} of {images // gpus} images): an update stays one of {images} images.
+# P processes (the paper: {gpus} of {images // gpus} images): an update stays one of {images} images.
 #   torchrun --nproc-per-node P train_detection.py {file} \\
 #     --data-dir DATA -b {images}/P
-# The paper's figure: {figure}; which networks those are, it does not say for its detectors.
+# The paper's figure: {figure}; it does not say of which networks.
 # Of the paper: the data, {images} images in an update, {epochs} epochs, and weights of ImageNet-1K with NetAug.
 # The paper does not tell, so these are ours: detector, optimizer, learning rate, input size and augmentation.
 # AP50 is COCO's (101 values of recall), not that of Pascal VOC 2007.

@@ -601,5 +601,6 @@ def test_two_processes(voc, tmp_path):
     done = run_python('validate_detection.py', '--data-dir', tmp_path / 'data', '-j', 0, '--checkpoint',
                       tmp_path / 'two/last.pth.tar')
     result = json.loads(done.stdout.partition('--result\n')[2])
+    # The loss is not compared: it is weighted by the boxes of a batch, and batches are other ones in one process.
     assert result['images'] == 5 and result['AP50'] == round(float(row['eval_AP50']), 4)
-    assert result['loss'] == pytest.approx(float(row['eval_loss']), abs=1e-4)
+    assert result['AP'] == round(float(row['eval_AP']), 4) and row['train_aug_loss']
