@@ -36,7 +36,7 @@ from ..detection.task import DetectionTask, NetAugDetectionTask
 from ..errors import UserError, exit_on_user_error
 from ..io.checkpoint import read_weights
 from ..io.run import RunDescription
-from ..reference import checkpoint_filter_fn
+from ..reference import input_config, is_reference
 from .args import check_train_args, netaug_config, train_parser
 from .detection_args import detection_parser, with_defaults
 from .train import train
@@ -152,10 +152,12 @@ class Detection:
         kwargs = {k: v for k, v in optional.items() if v}
         if not args.pretrained_path:
             return create_backbone(args.model, args.pretrained, **kwargs, **args.model_kwargs)
-        backbone = create_backbone(
-            args.model, True, pretrained_cfg_overlay=dict(file=args.pretrained_path), **kwargs, **args.model_kwargs)
-        given = checkpoint_filter_fn(read_weights(args.pretrained_path), backbone)
-        missing = [n for n, _ in backbone.named_parameters() if n not in given]
+        weights = read_weights(args.pretrained_path)
+        overlay = dict(file=args.pretrained_path, **input_config(weights))
+        backbone = create_backbone(args.model, True, pretrained_cfg_overlay=overlay, **kwargs, **args.model_kwargs)
+        if is_reference(weights):  # its names are mapped by the whole model, which has refused what does not fit
+            return backbone
+        missing = [n for n, _ in backbone.named_parameters() if n not in weights]
         if missing:
             raise UserError(f'--pretrained-path: {args.pretrained_path} is of another model than {args.model}:'
                             f' {len(missing)} of its tensors are not there ({", ".join(missing[:2])}).')

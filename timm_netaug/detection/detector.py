@@ -4,6 +4,7 @@ Its dense part, images to raw predictions, is one plain module (`DenseDetector`)
 and counted. `Detector` is that and the decoding of its predictions into boxes.
 """
 import dataclasses
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -200,14 +201,19 @@ def create_backbone(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Mo
     """
     check_model_name(name)
     source = local_name(name, weights=pretrained)
+    logger = logging.getLogger('timm.models._builder')
 
     def build(indices: Optional[Sequence[int]], pretrained: bool) -> nn.Module:
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # it warns of the head's weights, which no backbone has
         try:
             return create_model(source, pretrained=pretrained, features_only=True,
                                 **({} if indices is None else dict(out_indices=indices)), **kwargs)
         except Exception as e:  # whatever a constructor, a folder or the Hub find wrong
             told = ' '.join(str(e).split())[:300].rstrip('.')
             raise UserError(f'{name} cannot be built as a backbone: {told}.') from e
+        finally:
+            logger.setLevel(level)
 
     with torch.device('meta'):
         strides = build(None, False).feature_info.reduction()
