@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from timm_netaug.costs import operators  # noqa: E402
-from timm_netaug.detection.data import read_split  # noqa: E402
+from timm_netaug.detection.annotations import read_split  # noqa: E402
 from timm_netaug.detection.evaluate import evaluate_detector  # noqa: E402
 from timm_netaug.detection.folder import load_trained  # noqa: E402
 from timm_netaug.errors import UserError, exit_on_user_error  # noqa: E402

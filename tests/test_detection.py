@@ -20,8 +20,8 @@ from timm_netaug.__main__ import main as run_command
 from timm_netaug.cli.args import parse_args
 from timm_netaug.cli.train_detection import Detection, train_detection_parser
 from timm_netaug.detection import create_detector, export_detector
-from timm_netaug.detection.data import (
-    DetectionDataset, collate, eval_transform, find_classes, read_class_map, read_split, size_notes, train_transform)
+from timm_netaug.detection.annotations import find_classes, read_class_map, read_split, size_notes
+from timm_netaug.detection.data import DetectionDataset, collate, eval_transform, train_transform
 from timm_netaug.detection.detector import build_detector
 from timm_netaug.detection.evaluate import predict
 from timm_netaug.detection.fcos import STRIDES, Fcos, _Matched

@@ -16,18 +16,9 @@ from timm.task import TrainingTask
 from timm.utils import is_primary
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from ..detection.data import (
-    DetectionDataset,
-    Split,
-    collate,
-    eval_transform,
-    find_classes,
-    read_class_map,
-    read_split,
-    size_notes,
-    train_transform,
-)
-from ..detection.detector import DenseDetector, DetectorConfig, create_backbone, describe_detector
+from ..detection.annotations import find_classes, read_class_map, read_split, size_notes
+from ..detection.data import DetectionDataset, collate, eval_transform, train_transform
+from ..detection.detector import DenseDetector, create_backbone, describe_detector
 from ..detection.fcos import Fcos
 from ..detection.folder import detector_run, load_dense_weights
 from ..detection.metric import METRICS, check_metric

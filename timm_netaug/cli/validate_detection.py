@@ -13,7 +13,7 @@ from typing import Optional, Tuple
 import torch
 from timm.utils import setup_default_logging
 
-from ..detection.data import read_split
+from ..detection.annotations import read_split
 from ..detection.detector import Detector, create_detector
 from ..detection.evaluate import evaluate_detector
 from ..detection.folder import find_detector_folder, load_checkpoint

@@ -1,6 +1,6 @@
 """Tiny detectors on timm backbones: `create_detector`. The command lines are `train_detection.py` and
 `validate_detection.py`."""
-from .data import read_split
+from .annotations import read_split
 from .detector import DenseDetector, Detector, DetectorConfig, create_backbone, create_detector
 from .evaluate import evaluate_detector, predict
 from .fcos import Fcos

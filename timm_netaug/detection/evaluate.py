@@ -1,7 +1,7 @@
 """The average precision of a detector on a split of a data set."""
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 from PIL import Image
@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from ..evaluate import evaluate
-from .data import DetectionDataset, Split, collate, eval_transform, find_classes
+from .annotations import Split, find_classes
+from .data import DetectionDataset, collate, eval_transform
 from .detector import Detector
 from .metric import DetectionEvaluator, check_metric
 

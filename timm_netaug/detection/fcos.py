@@ -1,6 +1,6 @@
 """Loss and boxes of FCOS (arXiv 1904.01355), computed by torchvision from the raw predictions of a detector."""
 from types import SimpleNamespace
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -101,7 +101,7 @@ class Fcos(nn.Module):
 
         Args:
             output: Raw predictions of a batch, as `DenseDetector` makes them.
-            targets: Boxes and labels of every image. They must be valid: `data.Annotations.check` sees to it.
+            targets: Boxes and labels of every image. They must be valid: `annotations.read_split` sees to it.
         """
         flat, anchors = self._flat(output)
         return self.torchvision.compute_loss(

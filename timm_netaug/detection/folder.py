@@ -3,7 +3,6 @@
 A folder has the weights of the dense part (`model.safetensors`), `config.json` with the fields of `DetectorConfig` and
 what is known of the training, and `backbone/`, a folder of the backbone alone that timm takes as `local-dir:`.
 """
-import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import torch
-import torch.nn as nn
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
@@ -22,7 +20,7 @@ from timm.models import clean_state_dict, parse_model_name
 from ..errors import UserError, first_line
 from ..fetch import hub_errors
 from ..io.atomic import atomic_write
-from ..io.checkpoint import check_finite, load_weights, read_checkpoint, read_weights
+from ..io.checkpoint import load_weights, read_checkpoint, read_weights
 from ..io.folder import CONFIG, MAX_CONFIG, WEIGHTS, export_folder
 from ..io.run import RunDescription
 from ..load import read_run

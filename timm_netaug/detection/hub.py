@@ -10,8 +10,8 @@ from huggingface_hub import get_token
 from ..errors import UserError
 from ..hub import CARD, TOLERANCE, check_target, commit
 from ..io.folder import CONFIG, WEIGHTS, copy_files
+from .annotations import read_split
 from .card import detector_card
-from .data import read_split
 from .detector import Detector
 from .evaluate import evaluate_detector
 from .folder import BACKBONE, architecture_of, export_detector, find_detector_folder, load_detector_folder, read_config
