@@ -110,13 +110,13 @@ def _read_voc(root: Path, name: str) -> Split:
              if file.lower().endswith(_EXTENSIONS)}
     without_image = [n for n in wanted if n not in files]
     if without_image:
-        raise UserError(f'The split {name} lists {len(without_image)} images that are not in {root / "JPEGImages"}'
-                        f' ({_some(without_image)}): add them, or take them out of {listed}.')
+        raise UserError(f'Images of the split {name} are not in {root / "JPEGImages"} ({len(without_image)} of'
+                        f' {len(wanted)}: {_some(without_image)}): add them, or take them out of {listed}.')
     without_xml = [n for n in wanted if not (root / 'Annotations' / f'{n}.xml').is_file()]
     if without_xml:
-        raise UserError(f'{len(without_xml)} images of the split {name} have no XML file in {root / "Annotations"}'
-                        f' ({_some(without_xml)}): add one without objects where there are none, or take the images out'
-                        f' of {listed}.')
+        raise UserError(f'Images of the split {name} have no XML file in {root / "Annotations"} ({len(without_xml)} of'
+                        f' {len(wanted)}: {_some(without_xml)}): add one without objects where there are none, or take'
+                        f' the images out of {listed}.')
     images = [_read_xml(str(root / 'Annotations' / f'{n}.xml'), str(root / 'JPEGImages' / files[n])) for n in wanted]
     return Split(name, images)
 
@@ -158,7 +158,8 @@ def _read_coco(root: Path, file: Path, name: str) -> Split:
     folder = _image_folder(root, file, name, next(iter(images.values()))['file_name'])
     missing = [entry['file_name'] for entry in images.values() if not (folder / entry['file_name']).is_file()]
     if missing:
-        raise UserError(f'{file} lists {len(missing)} images that are not in {folder} ({_some(missing)}): add them.')
+        raise UserError(f'Images of {file} are not in {folder} ({len(missing)} of {len(images)}: {_some(missing)}): add'
+                        f' them.')
     of_images: Dict[Any, List[Mapping[str, Any]]] = {key: [] for key in images}
     for a in annotations:
         if a.get('category_id') not in categories:
