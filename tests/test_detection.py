@@ -604,3 +604,14 @@ def test_two_processes(voc, tmp_path):
     # The loss is not compared: it is weighted by the boxes of a batch, and batches are other ones in one process.
     assert result['images'] == 5 and result['AP50'] == round(float(row['eval_AP50']), 4)
     assert result['AP'] == round(float(row['eval_AP']), 4) and row['train_aug_loss']
+
+
+@needs_metric
+def test_sizes_against_macs(run_dir, voc, tmp_path):
+    """The script of docs/detection.md: at the training's size, AP is that of the run."""
+    done = run_python('experiments/detection_sizes.py', run_dir / 'last.pth.tar', '--labels', 'tiny', '--data-dir', voc,
+                      '--sizes', '64x96', '96', '--output', tmp_path / 'sizes')
+    rows = json.loads((tmp_path / 'sizes.json').read_text())['tiny']
+    last = dict(zip(*(line.split(',') for line in ((run_dir / 'summary.csv').read_text().splitlines())[::4])))
+    assert rows[0]['AP50'] == pytest.approx(float(last['eval_AP50'])) and rows[1]['macs'] == 1.5 * rows[0]['macs']
+    assert '| tiny | 96 x 96 |' in done.stdout and Image.open(tmp_path / 'sizes.png').width > 500
