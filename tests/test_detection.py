@@ -290,6 +290,11 @@ def no_boxes(root):
         file.write_text(xml(file.stem, []))
 
 
+def none_to_measure(root):
+    for i in range(10, 16):
+        edit(root, f'i{i}', [])
+
+
 WRONG = {
     nan: 'i0.png has a box with NaN or infinite sides: mend it.',
     words: "i0.xml has a box whose xmax is 'ten', which is not a number: mend the file.",
@@ -302,6 +307,7 @@ WRONG = {
     no_split: 'There is no split train in',
     unseen: 'The split val has boxes of the classes zebra, which the split train never shows: mend the names',
     no_boxes: 'The split train has no boxes at all',
+    none_to_measure: 'The split val has no boxes at all: there is nothing to measure on it.',
 }
 
 
@@ -568,7 +574,9 @@ def test_other_repositories_and_broken_folders(hub, tmp_path):
     config = json.loads((tmp_path / 'folder/config.json').read_text())
     for i, (fields, said) in enumerate((
             (dict(num_classes=10 ** 9), 'no detector is built with'), (dict(img_size=[3, 5]), '32'),
-            (dict(backbone_args=dict(pretrained=True)), 'they may not'))):
+            (dict(backbone_args=dict(pretrained=True)), 'they may not'),
+            (dict(backbone='hf-hub:owner/other'), 'there is no architecture'),
+            (dict(backbone_args=dict(stem_size=10 ** 9)), 'stem_size is'))):
         hub.put(f'owner/bad{i}', config__json=json.dumps({**config, **fields}).encode(), model__safetensors=b'')
         with pytest.raises(UserError, match=said):
             create_detector(f'hf-hub:owner/bad{i}')

@@ -290,6 +290,8 @@ def find_classes(train: Split, val: Optional[Split] = None, class_names: Optiona
         raise UserError(f'The split {train.name} has boxes of the classes {_some(unknown)}, which are not among the'
                         f' {len(names)} of the model ({_some(names)}).')
     found = Counter(c for image in val.images for c in image.classes) if val is not None else Counter()
+    if val is not None and not found:
+        raise UserError(f'The split {val.name} has no boxes at all: there is nothing to measure on it.')
     unseen = sorted(c for c in found if not counts[c])
     if unseen:
         raise UserError(f'The split {val.name} has boxes of the classes {_some(unseen)}, which the split {train.name}'

@@ -15,13 +15,13 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 from timm import create_model
-from timm.models import clean_state_dict, parse_model_name
+from timm.models import clean_state_dict, is_model, parse_model_name
 
 from ..errors import UserError, first_line
 from ..fetch import hub_errors
 from ..io.atomic import atomic_write
 from ..io.checkpoint import load_weights, read_checkpoint, read_weights
-from ..io.folder import CONFIG, MAX_CONFIG, WEIGHTS, export_folder
+from ..io.folder import CONFIG, MAX_CONFIG, WEIGHTS, check_numbers, export_folder
 from ..io.run import RunDescription
 from ..load import read_run
 from .detector import DenseDetector, Detector, DetectorConfig, build_detector
@@ -144,8 +144,11 @@ def read_config(folder: Path, source: str) -> Tuple[DetectorConfig, Dict[str, An
             raise ValueError(f'it has more than {MAX_CONFIG >> 20} MiB')
         fields = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
         config = DetectorConfig.from_dict(fields)
+        if not isinstance(config.backbone, str) or not is_model(config.backbone):
+            raise ValueError(f'there is no architecture {str(config.backbone)[:100]!r} in timm or timm_netaug')
         if max(config.num_classes, config.channels, *config.img_size) > _MAX_NUMBER or not 0 < config.scale < 100:
             raise ValueError('it has numbers that no detector is built with')
+        check_numbers(config.backbone_args, 'a number')
         if any(k.startswith('pretrained') or k in ('checkpoint_path', 'features_cls') for k in config.backbone_args):
             raise ValueError('its backbone_args say how weights are loaded, which they may not')
     except (ValueError, TypeError, KeyError, OSError) as e:

@@ -18,8 +18,8 @@ from .atomic import atomic_write
 from .checkpoint import load_weights, read_weights
 from .run import RunDescription
 
-__all__ = ['CONFIG', 'WEIGHTS', 'MAX_CONFIG', 'check_config', 'copy_files', 'export_folder', 'image_mode',
-           'load_folder']
+__all__ = ['CONFIG', 'WEIGHTS', 'MAX_CONFIG', 'check_config', 'check_numbers', 'copy_files', 'export_folder',
+           'image_mode', 'load_folder']
 
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 MAX_CONFIG = 8 << 20  # the names and descriptions of ImageNet-21K's classes have 2 MiB
@@ -93,14 +93,14 @@ def image_mode(folder: Union[str, Path]) -> Optional[str]:
     return json.loads(Path(folder, CONFIG).read_text(encoding='utf-8')).get('input_img_mode')
 
 
-def _check_numbers(value: Any, place: str) -> None:
+def check_numbers(value: Any, place: str) -> None:
     """Refuse numbers that no model is built with, however deep they are nested."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            _check_numbers(inner, str(key))
+            check_numbers(inner, str(key))
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            _check_numbers(inner, place)
+            check_numbers(inner, place)
     elif isinstance(value, (int, float)) and not abs(value) <= _MAX_NUMBER.get(place, _MAX_OTHER):
         raise ValueError(f'{place} is {value:.6g}')
 
@@ -121,7 +121,7 @@ def check_config(folder: Path, source: str) -> nn.Module:
         if not isinstance(architecture, str) or not is_model(architecture):
             raise ValueError(f'there is no architecture {str(architecture)[:100]!r} in timm or timm_netaug')
         built_with = {k: v for k, v in cfg.items() if k.endswith(('input_size', 'pool_size', 'num_classes'))}
-        _check_numbers([built_with, model_args], 'a number')
+        check_numbers([built_with, model_args], 'a number')
         if not all(0.1 <= cfg.get(key, 1) <= 10 for key in ('crop_pct', 'test_crop_pct')):
             raise ValueError('its crop_pct is out of range')
         if any(key.startswith('pretrained') for key in model_args):
