@@ -25,7 +25,8 @@ from timm.data import resolve_input_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import random_seed
 
-from timm_netaug.cli.args import check_train_args, netaug_config, parse_args, train_parser
+from timm_netaug.cli.command_line import parse_args
+from timm_netaug.cli.train_flags import check_train_args, netaug_config, train_parser
 from timm_netaug.cli.build import set_up_model, set_up_task, prepare_for_training
 from timm_netaug.cli.device import mixed_precision
 from timm_netaug.cli.loaders import set_up_loaders
@@ -89,7 +90,7 @@ class Contender:
     def _set_up(self, flags: List[str], batches: int) -> None:
         parser = train_parser()
         self.args = args = parse_args(parser, flags)
-        check_train_args(parser, args)
+        check_train_args(args)
         self.device = set_up_device(args)
         random_seed(args.seed)
         model, config = set_up_model(args), netaug_config(args)

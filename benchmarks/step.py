@@ -3,6 +3,7 @@
 
     python benchmarks/step.py --img-size 64 --batch-size 64 --output benchmarks/results/step-cpu-64
     python benchmarks/step.py --paper-sizes --batch-size 32 --output benchmarks/results/step-cpu-paper
+    python benchmarks/step.py --redraw benchmarks/results/step-cpu-64.json
     python benchmarks/step.py --device cuda --amp --batch-size 128 --img-size 144 --models netaug_mbv2_tiny --profile
 
 The contenders take turns, so that a machine that slows down slows them all; each NetAug step trains another one of a
@@ -28,7 +29,7 @@ from timm.task import ClassificationTask, DistillationTeacher, LogitDistillation
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_netaug
-from timm_netaug.cli.device import keep_memory
+from timm_netaug.cli.style import BLACK, METHODS, new_figure, style
 from timm_netaug.fused_bn_relu import FUSED
 
 TEACHER = 'mobilenetv2_100'
@@ -102,9 +103,25 @@ CONTENDERS = {  # what train.py does by default on a CPU, but for the last three
     'all, widths, divisor 8': dict(kind='netaug', divisor=8),
 }
 BY_DEFAULT = list(CONTENDERS)[:9]
-COLOURS = dict(zip(CONTENDERS, (
-    '#4d4d4d', '#b39b00', '#a6cee3', '#6baed6', '#3182bd', '#74c476', '#e6853a', '#c0392b', '#bdbdbd', '#f4a6a0',
-    '#8c2d1e')))
+NAMES = {  # contender -> its method, which has a colour in all pictures, and what pictures call it
+    UNIT: ('plain', 'plain training, channels-last'),
+    'distillation': ('teacher', 'plain training with a teacher'),
+    'stage 4, expansions': ('stage', 'NetAug, expansions from stage 4'),
+    'stage 3, expansions': ('stage', 'NetAug, expansions from stage 3'),
+    'stage 2, expansions': ('stage', 'NetAug, expansions from stage 2'),
+    'stage 3, widths': ('stage-widths', 'NetAug, widths and expansions from stage 3'),
+    'all, expansions': ('expansions', 'NetAug, expansions alone'),
+    'all, widths': ('widths', 'NetAug, widths and expansions'),
+    'plain, contiguous': ('plain', 'plain training, contiguous'),
+    'all, widths, as the layers of PyTorch have it': ('widths', "NetAug, widths and expansions, PyTorch's layers"),
+    'all, widths, divisor 8': ('widths', 'NetAug, widths and expansions, divisor 8'),
+    # As earlier versions of this file called them.
+    'plain': ('plain', 'plain training, contiguous'),
+    'distillation, channels-last': ('teacher', 'plain training with a teacher'),
+    'netaug, as the layers of PyTorch have it': ('widths', "NetAug, widths and expansions, PyTorch's layers"),
+    'netaug': ('widths', 'NetAug, widths and expansions'),
+    'netaug, divisor 8': ('widths', 'NetAug, widths and expansions, divisor 8'),
+}
 
 
 class Operators(TorchDispatchMode):
@@ -238,24 +255,39 @@ def machine(args: argparse.Namespace) -> str:
 
 def picture(results: Dict[str, dict], title: str, path: str) -> None:
     """Draw one panel for each model, with the length of every bar written behind it."""
-    from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
     names = list(next(iter(results.values()))['rows'])
-    figure = Figure(figsize=(9, 0.8 + (0.5 + 0.24 * len(names)) * len(results)), layout='constrained')
+    unit = next(name for name in names if all(r['rows'][name]['ratio'] == 1 for r in results.values()))
     longest = max(row['ratio_high'] for r in results.values() for row in r['rows'].values())
-    for axes, (model, result) in zip(figure.subplots(len(results), squeeze=False)[:, 0], results.items()):
-        for i, name in enumerate(names):
-            row = result['rows'][name]
-            axes.barh(i, row['ratio'], 0.8, color=COLOURS[name],
-                      xerr=[[max(0, row['ratio'] - row['ratio_low'])], [max(0, row['ratio_high'] - row['ratio'])]])
-            axes.text(max(row['ratio'], row['ratio_high']) + 0.01 * longest, i, f'{row["ratio"]:.2f}', va='center',
-                      fontsize=7)
-        axes.set_yticks(range(len(names)), names, fontsize=7)
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1.08 * longest)
-        axes.set_title(f'{model}, {result["img_size"]} pixels', fontsize=8)
-    axes.set_xlabel('time of a training step, in plain channels-last steps (mean, quartiles)', fontsize=8)
-    figure.suptitle(title, fontsize=8)
-    figure.savefig(path, dpi=120)
+    with style():
+        figure = new_figure(10, 1.4 + (0.6 + 0.26 * len(names)) * len(results))
+        figure.suptitle('Time of a training step', x=0.02, ha='left')
+        for axes, (model, result) in zip(figure.subplots(len(results), squeeze=False)[:, 0], results.items()):
+            for i, name in enumerate(names):
+                row, colour = result['rows'][name], METHODS[NAMES[name][0]].colour
+                ratio, low, high = row.get('mean_ratio', row['ratio']), row['ratio_low'], row['ratio_high']
+                axes.barh(i, ratio, 0.75, color=colour)
+                quartiles, = axes.plot([low, high], [i, i], color=BLACK, linewidth=1.5)
+                quartiles.set_path_effects([withStroke(linewidth=4, foreground='white')])  # seen on a dark bar, too
+                axes.text(max(ratio, high) + 0.012 * longest, i, f'{ratio:.2f}', va='center')
+            axes.set_yticks(range(len(names)), [NAMES[name][1] for name in names])
+            axes.set_ylim(len(names) - 0.4, -0.6)
+            axes.tick_params(axis='y', length=0)
+            axes.set_xlim(0, 1.08 * longest)
+            axes.set_title(f'{model}, {result["img_size"]} pixels')
+            axes.grid(False)
+        axes.set_xlabel(f'1: a step of {NAMES[unit][1]} (bars: mean, lines: quartiles)', loc='left')
+        figure.supxlabel(title, x=0.02, ha='left', fontsize=9)
+        figure.savefig(path, dpi=120)
+
+
+def redraw(path: str) -> None:
+    """Draw the picture of a JSON file that an earlier measurement has written."""
+    content = json.loads(Path(path).read_text())
+    for result in content['results'].values():
+        result.setdefault('img_size', content['args']['img_size'])  # files of earlier versions
+    title = f'Batch {content["args"]["batch_size"]}; {content["machine"]}'
+    picture(content['results'], title, str(Path(path).with_suffix('.png')))
 
 
 def main() -> None:
@@ -270,16 +302,18 @@ def main() -> None:
     parser.add_argument('--warmup', type=int, default=2, help='steps before')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--profile', action='store_true', help='print where the time goes instead')
-    parser.add_argument('--no-keep-memory', action='store_true', help='malloc as it is without train.py')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--amp', action='store_true', help='bfloat16')
     parser.add_argument('--output', default='benchmarks/results/step', help='name without ending')
+    parser.add_argument('--redraw', nargs='+', metavar='JSON', help='only draw the pictures of these files again')
     args = parser.parse_args()
+    if args.redraw:
+        for path in args.redraw:
+            redraw(path)
+        return
     if UNIT not in args.contenders:
         parser.error(f'the unit is the plain step: add "{UNIT}" to --contenders')
     torch.set_num_threads(args.threads)
-    if args.device == 'cpu' and not args.no_keep_memory:
-        keep_memory()
     if args.profile:
         for model in args.models:
             profile(args, model)

@@ -6,10 +6,14 @@
 Each cell is a run of `train.py` of two short epochs. It 'works' if it ends as it should and has done what it is for:
 changed the weights, or something else that can be seen, against the same run without it.
 """
+import atexit
 import contextlib
+import functools
+import gc
 import hashlib
 import io
 import multiprocessing
+import os
 import shutil
 import sys
 import tempfile
@@ -18,10 +22,15 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 
 import timm
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from timm.layers import BatchNormAct2d, is_fast_norm
 from timm.utils import unwrap_model
 
+from timm_netaug import NetAugTask, augment
 from timm_netaug.cli import train
+from timm_netaug.cli.flags import all_flags
+from timm_netaug.cli.train_flags import TRAIN_FLAGS
 from timm_netaug.layers import ElasticBatchNorm
 from timm_netaug.io.folder import export_folder
 from timm_netaug.io.run import RunDescription
@@ -31,6 +40,7 @@ PAGE = Path(__file__).with_suffix('.md')
 BASE = ('--model test_efficientnet --num-classes 10 -b 20 -j 0 --epochs 2 --warmup-epochs 0'
         ' --experiment run --device cpu')
 NETAUG = '--netaug'
+RULES = '## Values, and rules'
 CRASHED, IGNORED, SPOILED = 'CRASHED', 'IGNORED', 'CHANGES THE WEIGHTS'
 # What a flag does: change the weights, nothing in one process on a CPU, or something else that `_train` sees.
 CHANGES, SAME = 'weights', 'nothing'
@@ -94,6 +104,10 @@ ROWS: List[Tuple[str, str, str]] = [
     ('--mixup 0.5 --cutmix 0.5', '--mixup-switch-prob 0', CHANGES),
     ('--mixup 0.5', '--mixup-mode elem', CHANGES),
     ('--mixup 0.5', '--mixup-off-epoch 1', CHANGES),
+    ('', '--loss poly', CHANGES),
+    ('--loss poly', '--poly-epsilon 1', CHANGES),
+    ('--loss bce', '--loss-pos-weight 3', CHANGES),
+    ('--loss bce', '--loss-class-weight 5,1,1,1,1,1,1,1,1,1', CHANGES),
     ('', '--bce-loss', CHANGES),
     ('--bce-loss', '--bce-sum', CHANGES),
     ('--bce-loss', '--bce-target-thresh 0.05', CHANGES),
@@ -143,6 +157,7 @@ ROWS: List[Tuple[str, str, str]] = [
     ('--warmup-epochs 1', '--warmup-prefix', CHANGES),
     ('', '--min-lr 0.005', CHANGES),
     ('', '--epochs 1', CHANGES),
+    ('', '--stop-epoch 1', CHANGES),
     ('', '--epoch-repeats 2', CHANGES),
     ('', '--start-epoch 1', CHANGES),
     ('--sched step', '--decay-epochs 1', CHANGES),
@@ -173,6 +188,7 @@ ROWS: List[Tuple[str, str, str]] = [
     ('', '--mean 0.5 0.5 0.5', CHANGES),
     ('', '--std 0.5 0.5 0.5', CHANGES),
     ('', '--crop-pct 0.5', 'data'),
+    ('', '--pretrained-cfg-overlay crop_pct=0.5', 'data'),
     ('', '--interpolation nearest', 'data'),
     ('', '--model-kwargs act_layer=relu', CHANGES),
     ('', '--seed 1', CHANGES),
@@ -189,6 +205,7 @@ ROWS: List[Tuple[str, str, str]] = [
     ('-b 10', '--log-interval 1', 'said'),
     ('', '--recovery-interval 1', 'files'),
     ('', '--checkpoint-hist 1', 'files'),
+    ('', '--save-epochs 1', 'files'),
     ('', '--save-images', 'files'),
     ('', '--tta 2', SAME),
     ('', '--naflex-loader', CHANGES),
@@ -202,6 +219,7 @@ ELSEWHERE = {
     'model', 'num_classes', 'batch_size', 'resume', 'no_resume_opt', 'device', 'local_rank', 'device_modules', 'output',
     'experiment', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id',
     'naflex_train_seq_lens', 'naflex_max_seq_len',
+    'task', 'target_format', 'poly_gamma', 'class_stats', 'loss_weight_power',  # tests/test_multilabel.py
     'naflex_patch_sizes', 'naflex_patch_size_probs', 'naflex_loss_scale', 'naflex_patchify_channels_first', 'netaug',
 }
 
@@ -292,14 +310,34 @@ def _train(argv: List[str], output: str, results) -> None:
     results.send(Outcome({k: str(v) for k, v in seen.items()}))
 
 
-def run(flags: str, root: Path) -> Outcome:
-    """Run `train.py` in a process of its own, which begins with all that takes long to import."""
-    context = multiprocessing.get_context('forkserver')  # a fork of this process may have threads of autograd in it
-    context.set_forkserver_preload(['timm_netaug.cli.train'])
-    receiving, sending = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory() as output:
-        size = '' if '--input-size' in flags else '--img-size 32'
-        argv = f'{BASE} {size} --data-dir {root}/digits --output {output} {flags}'.replace('DIR', str(root)).split()
+def _warm_up() -> None:
+    """Do what every run would do anew: import Pillow's plugins, and generate the kernels of the runs' shapes."""
+    Image.init()
+    torch.manual_seed(0)
+    supernet = augment(timm.create_model('test_efficientnet', num_classes=10)).to(memory_format=torch.channels_last)
+    task = NetAugTask(supernet.train(), seed=42, verbose=False)
+    optimizer = torch.optim.SGD(supernet.parameters(), lr=0.01)
+    x = torch.zeros(20, 3, 32, 32).to(memory_format=torch.channels_last)
+    for update in range(4):
+        task.start_epoch(update // 2, 2, optimizer)
+        task.start_update(update)
+        task(x, torch.zeros(20, dtype=torch.long))['loss'].backward()
+        optimizer.step()
+
+
+def _serve(requests) -> None:
+    """Make a run for every request (arguments, output folder), each in a fork of this process."""
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the runs are on the CPU, and autograd's threads for GPUs cannot be forked
+    Figure.savefig = lambda *args, **kwargs: None  # drawing the curves takes as long as the training
+    _warm_up()
+    gc.freeze()
+    context = multiprocessing.get_context('fork')
+    while True:
+        try:
+            argv, output = requests.recv()
+        except EOFError:
+            return
+        receiving, sending = context.Pipe(duplex=False)
         process = context.Process(target=_train, args=(argv, output, sending))
         process.start()
         sending.close()
@@ -308,6 +346,28 @@ def run(flags: str, root: Path) -> Outcome:
         except EOFError:
             outcome = Outcome({}, CRASHED)
         process.join()
+        requests.send(outcome)
+
+
+@functools.lru_cache(maxsize=None)
+def _server():
+    """Start the process that forks the runs; returns the connection to it."""
+    context = multiprocessing.get_context('spawn')  # a fork of this process may have threads of autograd in it
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there,))
+    process.start()
+    there.close()
+    atexit.register(here.close)  # which ends the process
+    return here
+
+
+def run(flags: str, root: Path) -> Outcome:
+    """Run `train.py` in a process of its own, which begins with all that takes long to import."""
+    with tempfile.TemporaryDirectory() as output:
+        size = '' if '--input-size' in flags else '--img-size 32'
+        argv = f'{BASE} {size} --data-dir {root}/digits --output {output} {flags}'.replace('DIR', str(root)).split()
+        _server().send((argv, output))
+        outcome = _server().recv()
     return outcome._replace(refusal=outcome.refusal.replace(str(root), 'DIR').strip())
 
 
@@ -342,6 +402,14 @@ def row(before: str, flag: str, effect: str, root: Path, known: Dict[str, Outcom
     return f'{title(before, flag)} {without} | {cell(f"{netaug} {before}", flag, effect, root, known)} |'
 
 
+def rules() -> List[str]:
+    """Return the rows of the second table, of all flags that are not always refused."""
+    shown = [flag for flag in all_flags(TRAIN_FLAGS) if not flag.refused]
+    return [f'| `{flag.name}` | {flag.values_text() or ("switch" if flag.type is None else "")} |'
+            f' {flag.default_text() or ""} | {flag.needs.replace(" ", ", ")} | {"yes" if flag.free else ""} |'
+            for flag in shown]
+
+
 def page(rows: List[str]) -> str:
     return '\n'.join([
         '# Training flags, without and with `--netaug`',
@@ -358,6 +426,15 @@ def page(rows: List[str]) -> str:
         '| flag | without `--netaug` | with `--netaug` |',
         '|---|---|---|',
         *rows,
+        '',
+        RULES,
+        '',
+        'What `timm_netaug/cli/train_flags.py` says of each flag. A run that is resumed warns of flags that have changed,',
+        'unless they may.',
+        '',
+        '| flag | values | default | does nothing without | may change on resume |',
+        '|---|---|---|---|---|',
+        *rules(),
         '',
     ])
 

@@ -5,16 +5,29 @@
 
 Accuracies are those after the last epoch, never the best of all. `cost` is the processor time of a run (data loading
 and validation included, one thread), relative to the mean of its unit: the row that its YAML file names, or MODEL-init.
+
+Pictures name a row by its method, which follows from its flags, and by its field `detail`, which sets it apart from
+other rows of that method. Each method has one colour in all pictures (timm_netaug/cli/style.py). The rows that the
+field `curves` of the YAML file lists are drawn as curves, in that order.
 """
 import csv
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
+import numpy as np
 import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from run import HERE, Run, done, read_experiment
+
+sys.path.insert(0, str(HERE.parent))
+from timm_netaug.cli.style import (  # noqa: E402
+    METHODS, Label, add_labels, augments_widths, method_name, method_of, new_figure, style, text_colour)
 
 PAGE = HERE.parent / 'docs' / 'results.md'
 PICTURES = HERE.parent / 'docs' / 'results'
@@ -28,6 +41,26 @@ class Row(NamedTuple):
     curves: List[List[dict]]  # of each seed: its summary
     cpu_seconds: List[float]  # of those of which it is known
     unit: str  # name of the row that its cost is relative to
+    label: str  # what pictures call it
+    flags: Dict[str, Any]
+
+    @property
+    def colour(self) -> str:
+        return METHODS[method_of(self.flags)].colour
+
+    @property
+    def model(self) -> str:
+        return self.flags['model']
+
+    @property
+    def dashes(self) -> str:
+        """The style of its lines, which tells stages of one method apart."""
+        return {2: ':', 4: '--'}.get(self.flags.get('netaug_from_stage'), '-')
+
+    def course(self, column: str) -> Tuple[np.ndarray, np.ndarray]:
+        """Return mean and standard deviation over the seeds, for every epoch."""
+        values = np.array([[float(epoch[column]) for epoch in curve] for curve in self.curves])
+        return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
 
     def last(self, column: str) -> List[float]:
         return [float(curve[-1][column]) for curve in self.curves]
@@ -45,9 +78,20 @@ def read(path: Path) -> List[Row]:
         Row(name, rows[name]['about'], these[0].epochs,
             [list(csv.DictReader(run.result.open())) for run in these],
             [c for run in these if (c := json.loads(run.result.with_suffix('.json').read_text())['cpu_seconds'])],
-            rows[name].get('unit') or content.get('unit') or name.partition('-')[0] + '-init')
+            unit_of(name, content), label_of(these[0], content), these[0].flags)
         for name, these in runs.items() if these
     ]
+
+
+def unit_of(name: str, content: Dict[str, Any]) -> str:
+    """Return the name of the row that the cost of a row is relative to."""
+    return content['rows'][name].get('unit') or content.get('unit') or name.partition('-')[0] + '-init'
+
+
+def label_of(run: Run, content: Dict[str, Any]) -> str:
+    """Return what pictures call a row: its method, and what sets it apart from other rows of that method."""
+    detail = content['rows'][run.row].get('detail')
+    return method_name(run.flags) + (f', {detail}' if detail else '')
 
 
 def spread(values: List[float], digits: int = 1) -> str:
@@ -74,35 +118,99 @@ def table(rows: List[Row]) -> str:
     return '\n'.join(lines)
 
 
-def pictures(experiment: str, rows: List[Row], shown: List[str]) -> None:
-    """Draw accuracy over epochs, in validation and training, and accuracy over cost. A row has one colour in both."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-    colours = dict(zip((row.name for row in rows), colormaps['tab10' if len(rows) <= 10 else 'tab20'].colors))
-    figure = Figure(figsize=(12, 4.5), layout='constrained')
-    curves, costs = figure.subplots(1, 2)
-    for row in (r for r in rows if r.name in shown):
-        epochs = range(1, row.epochs + 1)
-        for column, style in (('eval_top1', '-'), ('train_top1', ':')):
-            mean = [statistics.mean(float(c[e][column]) for c in row.curves) for e in range(row.epochs)]
-            curves.plot(epochs, mean, style, color=colours[row.name])
-    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
-    curves.set(xlabel='epoch', ylabel='top-1, %', title='Over epochs (dotted: in training, on augmented images)')
+def picture(title: str, rows: List[Row], shown: List[str]) -> Figure:
+    """Draw accuracy over epochs and over processor time of the rows in `shown`, and the end of every row as dots.
+
+    A row without a known cost is left out of the panel over processor time alone.
+    """
+    headline = sorted((row for row in rows if row.name in shown), key=lambda row: shown.index(row.name))
+    costly = [row for row in headline if cost(row, rows) is not None]
+    groups = sorted({row.model for row in rows})
+    heights = [3.5] * bool(headline) + [3.5] * bool(costly) + [1 + 0.27 * (len(rows) + len(groups) * (len(groups) > 1))]
+    figure = new_figure(10, sum(heights) + 0.5)
+    figure.suptitle(title, x=0.02, ha='left')
+    parts = figure.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+    panels = [part.subplots() for part in parts]  # each with margins of its own
+    draw_ends(panels[-1], rows, groups)
+    only = f' of {headline[0].model}' if headline and len(groups) > 1 else ''
+    labels = []
+    if headline:
+        labels.append((panels[0], draw_epochs(panels[0], headline, only)))
+    if costly:
+        labels.append((panels[1], draw_costs(panels[1], costly, rows, only)))
+    for axes, these in labels:  # last, when the layout is settled
+        low, new_low = axes.get_ylim()[0], min(label.y for label in these) - 15
+        if new_low > low + 5:  # the first epochs may lie below the panel, so that the ends can be told apart
+            axes.set_ylim(new_low, None)
+        add_labels(axes, these)
+    return figure
+
+
+def draw_epochs(axes: Axes, rows: List[Row], of: str) -> List[Label]:
+    labels = []
     for row in rows:
-        relative = cost(row, rows)
-        if relative is None:
-            continue
-        accuracies = row.last('eval_top1')
-        deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0
-        costs.errorbar(relative, statistics.mean(accuracies), deviation, fmt='o', capsize=3, color=colours[row.name],
-                       label=f'{row.name} ({len(row.curves)} seed{"s" * (len(row.curves) > 1)})')
-    costs.set(xlabel='processor time, in runs without NetAug', ylabel='top-1 after the last epoch, %',
-              title='Over cost (bars: standard deviation)')
-    figure.legend(*costs.get_legend_handles_labels(), loc='outside right upper', fontsize=8)
-    figure.suptitle(f'{experiment}: top-1 on the 10,000 validation images')
-    PICTURES.mkdir(exist_ok=True)
-    figure.savefig(PICTURES / f'{experiment}.png', dpi=110)
+        epochs = range(1, row.epochs + 1)
+        mean, deviation = row.course('eval_top1')
+        axes.plot(epochs, mean, row.dashes, color=row.colour)
+        axes.fill_between(epochs, mean - deviation, mean + deviation, color=row.colour, alpha=0.15, linewidth=0)
+        labels.append(Label(row.epochs, mean[-1], row.label, row.colour))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel('epoch' + ' (of several seeds: the mean, and a band of the standard deviation)' * any(
+        len(row.curves) > 1 for row in rows), loc='left')
+    axes.set(ylabel='validation top-1, %', title=f'Accuracy{of} over epochs')
+    return labels
+
+
+def draw_costs(axes: Axes, rows: List[Row], all_rows: List[Row], of: str) -> List[Label]:
+    labels = []
+    for row in rows:
+        end = cost(row, all_rows)
+        mean, deviation = row.course('eval_top1')
+        if not augments_widths(row.flags):
+            times = end * np.arange(1, row.epochs + 1) / row.epochs
+            axes.plot(times, mean, row.dashes, color=row.colour, linewidth=1.2)
+        axes.errorbar(end, mean[-1], deviation[-1] if len(row.curves) > 1 else None, fmt='o', markersize=7, capsize=3,
+                      color=row.colour)
+        labels.append(Label(end, mean[-1], row.label, row.colour))
+    unit = next(row for row in all_rows if row.name == rows[0].unit)
+    text = (f'processor time (1: {unit.label}, {unit.epochs} epochs)\n'
+            'The epochs of a run count as equally long.')
+    if any(augments_widths(row.flags) for row in rows):
+        text += " In the paper's schedule the first half takes longer: only its end is shown."
+    axes.set_xlabel(text, loc='left')
+    axes.set(ylabel='validation top-1, %', title=f'Accuracy{of} over processor time', xlim=(0, None))
+    return labels
+
+
+def draw_ends(axes: Axes, rows: List[Row], groups: List[str]) -> None:
+    """Draw a line of dots for every row, the best first, by model where there are several."""
+    places, names, colours = [], [], []
+    for group in groups:
+        if len(groups) > 1:
+            places, names, colours = places + [len(places)], names + [group], colours + ['#333333']
+        for row in sorted((r for r in rows if r.model == group), key=lambda r: -statistics.mean(r.last('eval_top1'))):
+            y = len(places)
+            places, names, colours = places + [y], names + [row.label], colours + [text_colour(row.colour)]
+            top1, in_training = row.last('eval_top1'), row.last('train_top1')
+            axes.plot(statistics.mean(in_training), y, 'o', markersize=6, color=row.colour, markerfacecolor='white')
+            axes.errorbar(statistics.mean(top1), y, xerr=statistics.stdev(top1) if len(top1) > 1 else None, fmt='o',
+                          markersize=7, capsize=3, color=row.colour)
+            relative = cost(row, rows)
+            draw_columns(axes, y, spread(top1), '?' if relative is None else f'{relative:.2f}', color=colours[-1])
+    draw_columns(axes, -0.9, 'top-1, %', 'time', weight='bold')
+    axes.set_yticks(places, names)
+    for tick, colour in zip(axes.get_yticklabels(), colours):
+        tick.set(color=colour, weight='bold' if tick.get_text() in groups else 'normal')
+    axes.set_ylim(len(places) - 0.4, -0.6)
+    axes.tick_params(axis='y', length=0)
+    axes.set(xlabel='top-1, % (filled: validation images; hollow: augmented training images)',
+             title='After the last epoch of each run')
+
+
+def draw_columns(axes: Axes, y: float, *texts: str, **how: Any) -> None:
+    """Write texts to the right of a panel, in columns."""
+    for offset, text in zip((12, 90), texts):
+        axes.annotate(text, (1, y), (offset, 0), axes.get_yaxis_transform(), 'offset points', va='center', **how)
 
 
 def page(text: str, draw: bool = True) -> str:
@@ -113,7 +221,11 @@ def page(text: str, draw: bool = True) -> str:
             continue
         rows = read(path)
         if draw and rows:
-            pictures(name, rows, yaml.safe_load(path.read_text()).get('curves', []))
+            content = yaml.safe_load(path.read_text())
+            PICTURES.mkdir(exist_ok=True)
+            with style():
+                picture(content.get('title', name), rows, content.get('curves', [])).savefig(
+                    PICTURES / f'{name}.png', dpi=120)
         made = f'<!-- {name} -->\n{table(rows) if rows else "None is done yet."}\n<!-- end -->'
         text = re.sub(rf'<!-- {name} -->\n.*?<!-- end -->', lambda m: made, text, flags=re.S)
     return text

@@ -57,7 +57,7 @@ def read_experiment(path: str) -> List[Run]:
     content = yaml.safe_load(Path(path).read_text())
     runs = []
     for row, fields in content['rows'].items():
-        unknown = set(fields) - {'about', 'flags', 'seeds', 'variant', 'images_per_class', 'unit'}
+        unknown = set(fields) - {'about', 'detail', 'flags', 'seeds', 'variant', 'images_per_class', 'unit'}
         if unknown:
             sys.exit(f'{path}: the row {row} has unknown fields: {", ".join(sorted(unknown))}.')
         for seed in fields.get('seeds', [0]):

@@ -2,14 +2,20 @@
 import json
 import os
 import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 
 import timm_netaug
 
@@ -22,6 +28,9 @@ OTHERS = ['mobilenetv2_035', 'mobilenetv3_small_050', 'mnasnet_small', 'lcnet_03
 
 # Flags of a run of a few seconds an epoch.
 SMALL_RUN = ['--model', 'test_efficientnet', '--num-classes', 10, '--img-size', 32, '--warmup-epochs', 0, '--lr', 0.05]
+
+# NetAug with narrower super-networks than by default, for runs of which nothing depends on their widths.
+NETAUG = ['--netaug', '--netaug-width-mults', 1, 1.4, '--netaug-expand-mults', 1, 1.6]
 
 # Files that take longest. They are started first, so that no process is left with one of them while the others are done.
 LONG = ['test_flags.py', 'test_faults.py', 'test_supernet.py', 'test_docs.py', 'test_scripts.py', 'test_wheel.py',
@@ -68,25 +77,32 @@ def make_supernet(name: str = 'netaug_mbv2_tiny', config: dict = {}, **kwargs) -
     return randomise(timm_netaug.augment(make(name, **kwargs), timm_netaug.NetAugConfig(**config)), 1)
 
 
-_ENV = dict(os.environ)
+def environment() -> dict:
+    """Return the variables that a test can have changed: without those that pytest and scikit-learn set."""
+    later = ('PYTEST_CURRENT_TEST', 'KMP_DUPLICATE_LIB_OK', 'KMP_INIT_AT_FORK')
+    return {k: v for k, v in os.environ.items() if k not in later}
+
+
+_ENV = environment()
 _server = None  # of fork_server.py
 
 
-def run_python(*command, check: bool = True, cwd=ROOT, fork: bool = True) -> subprocess.CompletedProcess:
+def run_python(*command, check: bool = True, cwd=ROOT, fork: bool = True, draw: bool = False
+               ) -> subprocess.CompletedProcess:
     """Run python on a command line; a test that expects success shows the whole output where there is none.
 
-    The scripts run in a fork of a process that has imported what they import, unless a test has changed the environment
-    that the imports depend on, or fork is False (so that a run has hashes of its own).
+    Args:
+        fork: Whether to run in a fork of a process that has imported what the scripts import, where the test has not
+            changed the environment that the imports depend on. False is for a run with hashes of its own.
+        draw: Whether a run in a fork draws `curves.png`, which is an empty file otherwise.
     """
     command = [*map(str, command)]
-    scripts = ('train.py', 'validate.py', 'train_detection.py', 'validate_detection.py', 'experiments/variants.py')
-    known = command[0] in scripts or command[:2] == ['-m', 'timm_netaug']
-    same = {k: v for k, v in os.environ.items() if k != 'PYTEST_CURRENT_TEST'} == {
-        k: v for k, v in _ENV.items() if k != 'PYTEST_CURRENT_TEST'}
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-    if fork and known and same and hasattr(os, 'fork'):
-        done = _run_in_fork(command, cwd, env)
+    if fork and environment() == _ENV and hasattr(os, 'fork'):
+        with Fork(*command, cwd=cwd, draw=draw) as process:
+            status = process.wait(600)
+            done = subprocess.CompletedProcess(command, status, process.stdout, process.stderr)
     else:
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
         done = subprocess.run(
             [sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
     if check:
@@ -94,27 +110,95 @@ def run_python(*command, check: bool = True, cwd=ROOT, fork: bool = True) -> sub
     return done
 
 
-def _run_in_fork(command, cwd, env) -> subprocess.CompletedProcess:
-    global _server
-    if _server is None:
-        _server = subprocess.Popen(
-            [sys.executable, str(ROOT / 'tests/fork_server.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=env, text=True)
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ('stdout', 'stderr')]
-        request = dict(argv=command, cwd=str(cwd), stdout=str(files[0]), stderr=str(files[1]))
+def run_ranks(processes: int, *command, check: bool = True, **env) -> subprocess.CompletedProcess:
+    """Run python on a command line in as many processes as torchrun would start, with the variables that it sets."""
+    with socket.socket() as s, ExitStack() as stack:
+        s.bind(('localhost', 0))
+        env = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(s.getsockname()[1]), 'WORLD_SIZE': str(processes), **env}
+        s.close()
+        ranks = [stack.enter_context(Fork(*command, RANK=str(r), LOCAL_RANK=str(r), **env)) for r in range(processes)]
+        status = max(abs(rank.wait(600)) for rank in ranks)
+        done = subprocess.CompletedProcess(
+            command, status, ''.join(r.stdout for r in ranks), ''.join(r.stderr for r in ranks))
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+class Fork:
+    """Python on a command line in a fork of `fork_server.py`, at the head of a process group of its own.
+
+    Args:
+        env: Variables to add to the environment.
+    """
+
+    def __init__(self, *command, cwd=ROOT, draw: bool = False, **env):
+        global _server
+        if _server is None:
+            _server = subprocess.Popen(
+                [sys.executable, str(ROOT / 'tests/fork_server.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}, text=True)
+        self.folder = Path(tempfile.mkdtemp())
+        self.returncode = None
+        files = {name: str(self.folder / name) for name in ('stdout', 'stderr')}
+        for file in files.values():
+            Path(file).touch()
+        self.pid = self.ask(argv=[*map(str, command)], cwd=str(cwd), draw=draw, env=env, **files)
+
+    @staticmethod
+    def ask(**request):
         _server.stdin.write(json.dumps(request) + '\n')
         _server.stdin.flush()
         answer = _server.stdout.readline()
         assert answer, 'The fork server has ended.'
-        status = int(answer)
-        return subprocess.CompletedProcess(command, status, *(f.read_text() for f in files))
+        return json.loads(answer)
+
+    @property
+    def stdout(self) -> str:
+        return (self.folder / 'stdout').read_text()
+
+    @property
+    def stderr(self) -> str:
+        return (self.folder / 'stderr').read_text()
+
+    def poll(self):
+        """Return the exit status, or None while the process runs."""
+        if self.returncode is None:
+            self.returncode = self.ask(wait=self.pid, block=False)
+        return self.returncode
+
+    def wait(self, seconds: float) -> int:
+        end = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(str(self.pid), seconds)
+            time.sleep(0.005)
+        return self.returncode
+
+    def kill(self) -> None:
+        """Kill the process and those that it has started."""
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            self.wait(60)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.kill()
+        shutil.rmtree(self.folder)
 
 
-def readme_block(marker: str) -> str:
-    """Return the code block of the README that follows an HTML comment."""
-    text = (ROOT / 'README.md').read_text()
+def readme_block(marker: str, page: str = 'README.md') -> str:
+    """Return the code block of the README, or of another page, that follows an HTML comment."""
+    text = (ROOT / page).read_text()
     return re.search(rf'<!-- {re.escape(marker)} -->\s*```\w*\n(.*?)```', text, re.S)[1]
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave `curves.png` empty: of few images, drawing it takes longer than an epoch."""
+    monkeypatch.setattr(Figure, 'savefig', lambda *args, **kwargs: None)
 
 
 @pytest.fixture(scope='session')
@@ -146,5 +230,5 @@ def run_dir(digits, tmp_path_factory) -> Path:
     run_python(
         'train.py', '--data-dir', digits, '--num-classes', 10, '--model', 'netaug_mbv2_tiny', '--img-size', 32,
         '--netaug', '-b', 128, '--epochs', 2, '--warmup-epochs', 0, '--lr', 0.05, '-j', 0, '--crop-pct', 1.0,
-        '--mean', 0.3, '--std', 0.35, '--output', out, '--experiment', 'netaug')
+        '--mean', 0.3, '--std', 0.35, '--save-epochs', 1, '--output', out, '--experiment', 'netaug', draw=True)
     return out / 'netaug'

@@ -1,4 +1,4 @@
-"""One process of `tests/test_distributed.py`, started by torchrun: trains two steps on its shard and saves what it saw.
+"""One process of `tests/test_distributed.py`, started as by torchrun: trains two steps on its shard and saves what it saw.
 
 Arguments: output folder, gradient accumulation steps, 1 for an early backward pass of the tiny network.
 """
@@ -19,7 +19,8 @@ STEPS, SHARD = 2, 4
 def setup(rank=0):
     """A task and its optimizer; each rank draws other weights, which the first rank's replace."""
     torch.manual_seed(rank)
-    task = NetAugTask(make_supernet('netaug_mbv3_035').train(), seed=3, verbose=False)
+    supernet = make_supernet('mobilenetv3_small_050', dict(width_mults=(1, 1.4), expand_mults=(1, 1.6))).train()
+    task = NetAugTask(supernet, seed=3, verbose=False)
     if rank:
         with torch.no_grad():
             for p in task.supernet.parameters():

@@ -74,7 +74,7 @@ def test_folder_in_hfconfigs(name):
     assert cfg['input_size'] == [3, 32, 32] and cfg['pool_size'] == [1, 1] and cfg['paper_ids'] == 'arXiv:2110.08890'
     assert cfg['origin_url'] is None  # no weights of somebody else
     baseline = f' {facts["baseline"]["top1"]:.2f} % |'
-    assert f'| `{name}` | {facts["metrics"]["top1"]:.2f} % |{baseline}\n' in (ROOT / 'README.md').read_text()
+    assert f'| `{name}` | {facts["metrics"]["top1"]:.2f} % |{baseline}\n' in (ROOT / 'docs/results.md').read_text()
     assert facts['images'] == 10000 and facts['metrics']['top1'] > 40
     assert '--netaug' in facts['command'] and facts['dataset_terms']
 

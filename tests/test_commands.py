@@ -30,6 +30,15 @@ def test_commands_are_listed(argv, capsys):
     assert all(f'  {name} ' in out for name in COMMANDS) and 'usage: python -m timm_netaug COMMAND' in out
 
 
+def test_scripts_are_forked(digits, monkeypatch):
+    """The other tests take several times as long where they are not; a changed environment needs a new process."""
+    code = ['-c', 'import sys; print("timm_netaug.cli.train" in sys.modules)']
+    assert run_python(*code).stdout == 'True\n'
+    assert run_python(*code, fork=False).stdout == 'False\n'
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    assert run_python(*code).stdout == 'False\n'
+
+
 def test_unknown_command():
     done = run_python('-m', 'timm_netaug', 'exprot', check=False)
     assert done.returncode == 1 and done.stderr.startswith('timm_netaug: error: There is no command exprot.\n')
@@ -51,8 +60,8 @@ def test_every_command_explains_itself(name, capsys):
 def test_old_forms(name, argv, said, tmp_path):
     """They do the same, and tell of the new form in one line."""
     torch.save(make('netaug_mcunet').state_dict(), tmp_path / 'PTH')
-    old, new = (
-        run_python('-m', *form, *argv, cwd=tmp_path) for form in ([f'timm_netaug.{name}'], ['timm_netaug', name]))
+    old = run_python('-m', f'timm_netaug.{name}', *argv, cwd=tmp_path, fork=False)
+    new = run_python('-m', 'timm_netaug', name, *argv, cwd=tmp_path)
     assert said in old.stdout and old.stdout == new.stdout
     assert old.stderr == f'`python -m timm_netaug.{name}` is `python -m timm_netaug {name}` now.\n' + new.stderr
 

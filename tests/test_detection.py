@@ -17,7 +17,7 @@ from conftest import generator, images, randomise, run_python
 from detection_data import COLORS, SIZE, write_coco, write_voc, xml
 from hub_server import serve
 from timm_netaug.__main__ import main as run_command
-from timm_netaug.cli.args import parse_args
+from timm_netaug.cli.command_line import parse_args
 from timm_netaug.cli.train_detection import Detection, train_detection_parser
 from timm_netaug.detection import create_detector, export_detector
 from timm_netaug.detection.annotations import find_classes, read_class_map, read_split, size_notes
@@ -399,7 +399,7 @@ def run_dir(voc, tmp_path_factory):
     """A short run with NetAug, the first epochs of it with augmented widths."""
     out = tmp_path_factory.mktemp('runs')
     run_python('train_detection.py', '--data-dir', voc, *RUN, '--netaug', '--epochs', 4, '--checkpoint-hist', 4,
-               '--model-ema', '--model-ema-decay', 0.5, '--output', out, '--experiment', 'netaug')
+               '--model-ema', '--model-ema-decay', 0.5, '--output', out, '--experiment', 'netaug', draw=True)
     return out / 'netaug'
 
 
@@ -455,7 +455,7 @@ def test_plain_training_learns(coco, tmp_path):
 
 
 @pytest.mark.parametrize('argv, said', [
-    (['--eval-metric', 'top1'], '--eval-metric takes one of AP, AP50'),
+    (['--eval-metric', 'top1'], '--eval-metric must be one of AP, AP50'),
     (['--img-size', 100, '--input-size', 3, 100, 100], 'multiples of 32'),
     (['--mixup', 0.2], 'Unknown flag --mixup'),
     (['--scale', 0.5, 0.1], '--scale takes two numbers'),
@@ -618,7 +618,7 @@ def test_two_processes(voc, tmp_path):
 def test_sizes_against_macs(run_dir, voc, tmp_path):
     """The script of docs/detection.md: at the training's size, AP is that of the run."""
     done = run_python('experiments/detection_sizes.py', run_dir / 'last.pth.tar', '--labels', 'tiny', '--data-dir', voc,
-                      '--sizes', '64x96', '96', '--output', tmp_path / 'sizes')
+                      '--sizes', '64x96', '96', '--output', tmp_path / 'sizes', draw=True)
     rows = json.loads((tmp_path / 'sizes.json').read_text())['tiny']
     last = dict(zip(*(line.split(',') for line in ((run_dir / 'summary.csv').read_text().splitlines())[::4])))
     assert rows[0]['AP50'] == pytest.approx(float(last['eval_AP50'])) and rows[1]['macs'] == 1.5 * rows[0]['macs']

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from timm_netaug.cli.args import parse_args
+from timm_netaug.cli.command_line import parse_args
 from timm_netaug.cli.train_detection import _check_args, train_detection_parser
 
 FOLDER = ROOT / 'hfconfigs'
@@ -31,7 +31,7 @@ def test_accepted(recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
     command = re.search(r'^#   python train_detection.py (.*)\\\n#     (.*)$', text, re.M)
     args = parse_args(parser, f'{command[1]} {command[2]}'.split())
-    _check_args(parser, args)
+    _check_args(args)
     assert (args.batch_size, args.epochs) == PAPER[recipe.rpartition('_')[2]]
     assert args.experiment == recipe and args.model == recipe.split('.')[0] and args.data_dir == 'DATA'
     for key in ('img_size', 'opt', 'lr', 'hflip', 'crop_prob'):

@@ -1,4 +1,4 @@
-"""torchrun with two and three processes on gloo, against one process that does the same over the shards in turn."""
+"""Two and three processes on gloo, against one process that does the same over the shards in turn; and torchrun."""
 import copy
 import csv
 import json
@@ -10,15 +10,11 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, SMALL_RUN, run_python
+from conftest import NETAUG, ROOT, SMALL_RUN, run_python, run_ranks
 from distributed_worker import STEPS, setup, shards
 
 # Two numbers have one sum; the sum of three depends on the order that they arrive in, by a rounding each.
 TOLERANCE = {2: 0.0, 3: 1e-6}
-
-
-def torchrun(processes, *command, **kwargs):
-    return run_python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', processes, *command, **kwargs)
 
 
 def largest(a, b):
@@ -29,7 +25,7 @@ def largest(a, b):
 
 @pytest.mark.parametrize('processes, accum, early', [(2, 1, 0), (2, 1, 1), (3, 1, 1), (2, 2, 1)])
 def test_step(processes, accum, early, tmp_path):
-    torchrun(processes, ROOT / 'tests/distributed_worker.py', tmp_path, accum, early)
+    run_ranks(processes, 'tests/distributed_worker.py', tmp_path, accum, early)
     ranks = [torch.load(tmp_path / f'{r}.pt', weights_only=True) for r in range(processes)]
 
     # One process: a copy of the first rank's network for every shard, stepped with the mean of the gradients.
@@ -66,8 +62,9 @@ def test_step(processes, accum, early, tmp_path):
 @pytest.mark.parametrize('processes', [2, 3])
 def test_train(processes, few_digits, tmp_path):
     """The whole script: every validation image counts once, and the first process alone writes."""
-    command = [ROOT / 'train.py', '--data-dir', few_digits, *SMALL_RUN, '--netaug', '-b', 20, '-j', 0, '--epochs', 2]
-    done = torchrun(processes, *command, '--output', tmp_path, '--experiment', 'run')
+    command = ['train.py', '--data-dir', few_digits, *SMALL_RUN, *NETAUG, '-b', 20, '-j', 0, '--epochs', 2,
+               '--save-epochs', 1]
+    done = run_ranks(processes, *command, '--output', tmp_path, '--experiment', 'run')
     assert done.stdout.count('Best top1') == 1
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert [r['epoch'] for r in rows] == ['0', '1'] and [p.name for p in tmp_path.iterdir()] == ['run']
@@ -76,21 +73,21 @@ def test_train(processes, few_digits, tmp_path):
     done = run_python('validate.py', '--checkpoint', tmp_path / 'run/last.pth.tar', '--data-dir', few_digits, '-j', 0)
     result = json.loads(done.stdout[done.stdout.index('{'):])
     if processes == 2:  # resumed from the first epoch, it ends with the same weights
-        resume = ['--resume', tmp_path / 'run/checkpoint-0.pth.tar', '--output', tmp_path / 'again']
-        torchrun(processes, *command, *resume, '--experiment', 'run')
+        resume = ['--resume', tmp_path / 'run/milestone-1.pth.tar', '--output', tmp_path / 'again']
+        run_ranks(processes, *command, *resume, '--experiment', 'run')
         one, two = (torch.load(d / 'run/last.pth.tar', weights_only=False)['task_state']['supernet']
                     for d in (tmp_path, tmp_path / 'again'))
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
         # What the first process alone can know ends both with its sentence.
-        done = torchrun(processes, *command, '--output', tmp_path, '--experiment', 'run', check=False)
+        done = run_ranks(processes, *command, '--output', tmp_path, '--experiment', 'run', check=False)
         assert done.returncode and done.stderr.count('holds a run already') == 2
     assert result['top1'] == pytest.approx(float(rows[-1]['eval_top1']), abs=1e-4)
     assert result['loss'] == pytest.approx(float(rows[-1]['eval_loss']), abs=1e-5)
 
 
 def test_wrong_input_ends_all_processes(few_digits, tmp_path):
-    done = torchrun(
-        2, ROOT / 'train.py', '--data-dir', few_digits, *SMALL_RUN, '--model', 'mixnet_s', '-b', 20, '--netaug',
+    done = run_ranks(
+        2, 'train.py', '--data-dir', few_digits, *SMALL_RUN, '--model', 'mixnet_s', '-b', 20, '--netaug',
         '--output', tmp_path, check=False)
     assert done.returncode and "module 'blocks.1.0.conv_pw' of type MixedConv2d" in done.stderr
     assert not list(tmp_path.iterdir())

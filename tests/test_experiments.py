@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from conftest import ROOT, run_python
-from timm_netaug.cli.args import check_train_args, parse_args, train_parser
+from timm_netaug.cli.command_line import parse_args
+from timm_netaug.cli.train_flags import check_train_args, train_parser
 
 sys.path.insert(0, str(ROOT / 'experiments'))
 import report  # noqa: E402
@@ -25,7 +26,7 @@ def test_rows(path):
         assert r.variant is None or r.variant in variants.VARIANTS
         parser = train_parser()
         args = parse_args(parser, words[words.index('--data-dir'):])
-        check_train_args(parser, args)
+        check_train_args(args)
         assert (args.seed, args.experiment, args.epochs) == (r.seed, r.name, r.epochs)
 
 
@@ -48,13 +49,21 @@ def test_page():
     assert report.page(report.PAGE.read_text(), draw=False) == report.PAGE.read_text()
 
 
+FLAGS = ['--num-classes', 10, '--img-size', 32, '--model', 'netaug_mbv2_tiny', '-b', 60, '-j', 0, '--epochs', 2,
+         '--warmup-epochs', 0, '--lr', 0.05, '--netaug', '--netaug-stop-width-at', 1]
+
+
+@pytest.fixture(scope='module')
+def as_ever(few_digits, tmp_path_factory):
+    """The summary of a training without a variant."""
+    out = tmp_path_factory.mktemp('as-ever')
+    run_python('train.py', '--data-dir', few_digits, *FLAGS, '--output', out, '--experiment', 'run')
+    return (out / 'run/summary.csv').read_text()
+
+
 @pytest.mark.parametrize('variant', sorted(variants.VARIANTS))
-def test_variants_differ(variant, few_digits, tmp_path):
+def test_variants_differ(variant, as_ever, few_digits, tmp_path):
     """Each does what it is there for: the weights are others than those of the same training without it."""
-    flags = ['--data-dir', few_digits, '--num-classes', 10, '--img-size', 32, '--model', 'netaug_mbv2_tiny', '-b', 60,
-             '-j', 0, '--epochs', 2, '--warmup-epochs', 0, '--lr', 0.05, '--netaug', '--netaug-stop-width-at', 1,
-             '--output', tmp_path]
-    run_python('train.py', *flags, '--experiment', 'as-ever')
-    run_python('experiments/variants.py', variant, *flags, '--experiment', 'other')
-    rows = [(tmp_path / name / 'summary.csv').read_text() for name in ('as-ever', 'other')]
-    assert rows[0] != rows[1]
+    run_python('experiments/variants.py', variant, '--data-dir', few_digits, *FLAGS, '--output', tmp_path, '--experiment',
+               'run')
+    assert (tmp_path / 'run/summary.csv').read_text() != as_ever

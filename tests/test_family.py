@@ -84,7 +84,7 @@ def check_model(model):
     supernet = augment(model, NetAugConfig(width_mults=(1, 1.5), expand_mults=(1, 1.7))).train()
     assert isinstance(supernet, SuperNet)
     randomise(supernet, 1)
-    x, y = images(2), torch.tensor([1, 2])
+    x, y = images(2, 48), torch.tensor([1, 2])
     # A random draw that is wider somewhere in every kind of channels that there is.
     g = generator(1)
     with supernet.sampled(g) as widths:

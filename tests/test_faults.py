@@ -15,24 +15,18 @@ import pytest
 import torch
 
 import timm_netaug
-from conftest import ROOT, SMALL_RUN, run_python
+from conftest import NETAUG, ROOT, SMALL_RUN, Fork, run_python, run_ranks
 from test_resume import assert_same_run
 
-COMMAND = ['train.py', *SMALL_RUN, '--netaug', '-b', 30, '-j', 0]
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-
-
-def start(*command, **kwargs):
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True, **kwargs)
+PLAIN = ['train.py', *SMALL_RUN, '-b', 30, '-j', 0]
+COMMAND = [*PLAIN, *NETAUG]
 
 
 def wait_for(condition, process, seconds=240):
     """Wait until something has happened while a process runs."""
     end = time.time() + seconds
     while not condition():
-        assert process.poll() is None and time.time() < end, process.communicate()[0]
+        assert process.poll() is None and time.time() < end, process.stdout + process.stderr
         time.sleep(0.01)
 
 
@@ -67,11 +61,11 @@ def test_stop_signals(number, undisturbed, few_digits, tmp_path):
     command = [*COMMAND, '--data-dir', few_digits, '--epochs', 3, '--checkpoint-hist', 2, '--output', tmp_path,
                '--experiment', 'run']
     run = tmp_path / 'run'
-    process = start(*command, '-j', 2)
-    wait_for(lambda: epochs_done(run) >= 1, process)
-    os.killpg(process.pid, number)  # the loader's processes get it, too, as from a terminal
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number
+    with Fork(*command, '-j', 2) as process:
+        wait_for(lambda: epochs_done(run) >= 1, process)
+        os.killpg(process.pid, number)  # the loader's processes get it, too, as from a terminal
+        assert process.wait(60) == 128 + number
+        said = process.stdout + process.stderr
     assert re.search(rf'Stopped by {number.name} in epoch \d. Go on with --resume \S+/last.pth.tar', said)
     assert 'Traceback' not in said and 'Error' not in said
     recovery = next(run.glob(f'recovery-*-{number.name}.pth.tar'))
@@ -94,12 +88,12 @@ def test_second_signal_ends_at_once(first, second):
     code = ('import time\nfrom timm_netaug.cli.signals import StopSignals\nwith StopSignals() as stop:\n'
             "    print('ready', flush=True)\n    while stop.number is None: time.sleep(0.01)\n"
             "    print('noted', flush=True)\n    time.sleep(100)")
-    process = start('-c', code)
-    assert process.stdout.readline() == 'ready\n'
-    process.send_signal(signal.Signals[first])
-    assert process.stdout.readline() == 'noted\n'
-    process.send_signal(signal.Signals[second])
-    assert process.wait(30) == -signal.Signals[second]
+    with Fork('-c', code) as process:
+        wait_for(lambda: process.stdout == 'ready\n', process)
+        os.kill(process.pid, signal.Signals[first])
+        wait_for(lambda: process.stdout == 'ready\nnoted\n', process)
+        os.kill(process.pid, signal.Signals[second])
+        assert process.wait(30) == -signal.Signals[second]
 
 
 def test_other_errors_are_told_though_a_signal_came(few_digits, tmp_path, monkeypatch):
@@ -128,11 +122,11 @@ def test_full_disk(undisturbed, few_digits, tmp_path):
     command = [*COMMAND, '--data-dir', few_digits, '--epochs', 3, '--checkpoint-hist', 2, '--output', tmp_path,
                '--experiment', 'run']
     run = tmp_path / 'run'
-    process = start(*command)
-    wait_for(lambda: epochs_done(run) >= 1 and (run / 'last.pth.tar').exists(), process)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 1
+    with Fork(*command) as process:
+        wait_for(lambda: epochs_done(run) >= 1 and (run / 'last.pth.tar').exists(), process)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+        assert process.wait(120) == 1
+        said = process.stdout + process.stderr
     assert re.search(r'train.py: error: \S+tmp.pth.tar cannot be written .*make room on the disk, and go on with'
                      r' --resume \S+last.pth.tar', said)
     assert 'Traceback' not in said and not (run / 'tmp.pth.tar').exists()
@@ -198,9 +192,9 @@ def test_wrong_number_of_classes(few_digits, tmp_path):
 @pytest.mark.parametrize('netaug', [True, False])
 def test_loss_that_is_not_a_number(netaug, few_digits, tmp_path):
     """The exact step is named, and the best checkpoint is as it was."""
-    command = [c for c in COMMAND if netaug or c != '--netaug']
-    command = [*command, '--data-dir', few_digits, '--output', tmp_path, '--experiment', 'run', '--epochs', 4,
-               '--sched', 'multistep', '--decay-milestones', 1, '--decay-rate', 1e30, '--opt', 'momentum']
+    command = [*(COMMAND if netaug else PLAIN), '--data-dir', few_digits, '--output', tmp_path, '--experiment', 'run',
+               '--epochs', 4, '--sched', 'multistep', '--decay-milestones', 1, '--decay-rate', 1e30, '--opt',
+               'momentum']
     done = run_python(*command, check=False)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     told = re.search(r'The loss is (?:nan|inf) in epoch (\d), step (\d+): try a lower', done.stderr)
@@ -212,7 +206,7 @@ def test_loss_that_is_not_a_number(netaug, few_digits, tmp_path):
 
 def test_other_versions_are_told(undisturbed, few_digits, tmp_path):
     """A checkpoint of another version of PyTorch goes on, with a warning."""
-    checkpoint = torch.load(undisturbed / 'checkpoint-2.pth.tar', weights_only=False)
+    checkpoint = torch.load(undisturbed / 'last.pth.tar', weights_only=False)
     checkpoint['args'].run['versions'].update(torch='2.0.0', of_a_later_release='7')
     torch.save(checkpoint, tmp_path / 'old.pth.tar')
     done = run_python(*COMMAND, '--data-dir', few_digits, '--epochs', 4, '--resume', tmp_path / 'old.pth.tar',
@@ -250,33 +244,35 @@ def workers_of(process):
 
 
 @pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='finds the processes in /proc')
-def test_restart_after_a_lost_process(few_digits, tmp_path, monkeypatch):
+def test_restart_after_a_lost_process(few_digits, tmp_path):
     """A rank is killed in mid-epoch: torchrun starts all anew, and the result is that of an undisturbed run."""
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, '--max-restarts', 2]
-    command = [*COMMAND, '--data-dir', few_digits, '-b', 15, '--epochs', 4, '--checkpoint-hist', 2]
-    run_python(*torchrun, *command, '--output', tmp_path / 'whole', '--experiment', 'run')
+    command = [*COMMAND, '--data-dir', few_digits, '-b', 15, '--epochs', 3, '--checkpoint-hist', 2]
+    run_ranks(2, *command, '--output', tmp_path / 'whole', '--experiment', 'run')
     run = tmp_path / 'torn/run'
-    process = start(*torchrun, *command, '--output', tmp_path / 'torn', '--experiment', 'run')
-    wait_for(lambda: epochs_done(run) >= 2, process)
-    time.sleep(0.2)
-    os.kill(workers_of(process)[-1], signal.SIGKILL)
-    said = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, said
-    starts = [int(n) for n in re.findall(r'Epochs (\d) to 3', said)]
-    assert len(starts) == 2 and starts[0] == 0 and starts[1] >= 2
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, '--max-restarts', 2]
+    with Fork(*torchrun, *command, '--output', tmp_path / 'torn', '--experiment', 'run') as process:
+        wait_for(lambda: epochs_done(run) >= 1, process)
+        time.sleep(0.2)
+        os.kill(workers_of(process)[-1], signal.SIGKILL)
+        status = process.wait(240)
+        said = process.stdout + process.stderr
+    assert status == 0, said
+    starts = [int(n) for n in re.findall(r'Epochs (\d) to 2', said)]
+    assert len(starts) == 2 and starts[0] == 0 and starts[1] >= 1
     rows = list(csv.DictReader((run / 'summary.csv').open()))
-    assert [r['epoch'] for r in rows] == ['0', '1', '2', '3']
+    assert [r['epoch'] for r in rows] == ['0', '1', '2']
     for left in ('tmp.pth.tar', 'recovery_tmp.pth.tar'):
         (run / left).unlink(missing_ok=True)
     for file in [*run.glob('*.tmp'), *run.glob('recovery-*')]:
         file.unlink()
     assert_same_run(tmp_path / 'whole/run', run)
-    nameless = run_python(*torchrun, *command, '--output', tmp_path / 'no', check=False)
-    assert nameless.returncode and 'torchrun --max-restarts needs --experiment' in nameless.stderr
-    monkeypatch.setenv('TORCHELASTIC_MAX_RESTARTS', '1')
-    monkeypatch.setenv('GROUP_WORLD_SIZE', '2')
-    several = run_python(*command, '--output', tmp_path / 'no', check=False)
-    assert several.returncode and 'torchrun --max-restarts works on one machine' in several.stderr
+    # What torchrun tells its processes, told to one alone.
+    for argv, env, said in (
+            ([], dict(), 'torchrun --max-restarts needs --experiment'),
+            (['--experiment', 'run'], dict(GROUP_WORLD_SIZE='2'), 'torchrun --max-restarts works on one machine')):
+        done = run_ranks(
+            1, *command, *argv, '--output', tmp_path / 'no', check=False, TORCHELASTIC_MAX_RESTARTS='1', **env)
+        assert done.returncode and said in done.stderr
 
 
 def test_every_row_is_tested():

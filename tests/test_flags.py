@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from conftest import ROOT
-from timm_netaug.cli.args import train_parser
+from timm_netaug.cli.train_flags import train_parser
 
 sys.path.insert(0, str(ROOT / 'docs'))
 import flags  # noqa: E402
@@ -40,7 +40,9 @@ def test_every_flag_is_in_the_table():
     there = {dests[word] for _, flag, _ in flags.ROWS for word in flag.split() if word in dests}
     assert len(there) > 130 and not there & flags.ELSEWHERE
     assert {a.dest for a in parser._actions} - {'help'} == there | flags.ELSEWHERE
-    assert len([line for line in PAGE.splitlines() if line.startswith('| `')]) == len(flags.ROWS)
+    rows, rules = (part.splitlines() for part in PAGE.split(flags.RULES))
+    assert len([line for line in rows if line.startswith('| `')]) == len(flags.ROWS)
+    assert [line for line in rules if line.startswith('| `')] == flags.rules()
 
 
 def test_netaug_trains_in_channels_last_on_a_cpu(root):

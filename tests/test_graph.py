@@ -22,6 +22,8 @@ from timm_netaug import NetAugConfig, NetAugTask, SuperNet, augment, export, gra
 from timm_netaug.layers import Elastic, ElasticBatchNorm
 
 CONFIG = NetAugConfig(width_mults=(1, 1.5, 2), expand_mults=(1, 1.7))
+SIZE = 48  # pixels, of which stride 32 leaves 2 x 2
+NARROW = dict(channels=(16, 32, 64, 128))  # of a ResNet's stages, a quarter of its own: all else is as it is
 
 
 class Residual(nn.Module):
@@ -158,10 +160,10 @@ def test_predictions_keep_their_bias():
 @pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'mobileone_s0', 'resnetblur50', 'tf_efficientnet_lite0'])
 def test_other_timm_models(name):
     torch.manual_seed(0)
-    model = randomise(timm.create_model(name, num_classes=10))
+    model = randomise(timm.create_model(name, num_classes=10, **(NARROW if 'resnet' in name else {})))
     supernet = augment(model, CONFIG)
-    assert_exact(supernet, size=64, seeds=2)
-    orders = assert_step(supernet, size=64)
+    assert_exact(supernet, size=SIZE, seeds=2)
+    orders = assert_step(supernet, size=SIZE)
     assert orders or name == 'mobileone_s0'  # its blocks are single convolutions
 
 
@@ -187,7 +189,7 @@ def test_bottleneck_sorting():
 @pytest.mark.parametrize('aa', ['avg', 'blur', 'blurpc'])
 def test_anti_aliasing(aa):
     model = make('mobilenetv4_conv_small_035', aa_layer=aa)
-    assert_exact(augment(model, CONFIG), size=64)
+    assert_exact(augment(model, CONFIG), size=SIZE)
 
 
 @pytest.mark.parametrize('kwargs', [
@@ -198,19 +200,20 @@ def test_anti_aliasing(aa):
 def test_features_only(name, kwargs):
     """In every form that timm has: feature maps keep their widths, what lies between them is augmented."""
     torch.manual_seed(0)
+    narrow = NARROW if 'resnet' in name else {}
     try:
-        model = randomise(timm.create_model(name, features_only=True, **kwargs))
-        model(images(1, 64))
+        model = randomise(timm.create_model(name, features_only=True, **narrow, **kwargs))
+        model(images(1, SIZE))
     except (AssertionError, RuntimeError, AttributeError, TypeError) as e:
         pytest.skip(f'timm has no such form of this model: {e}')
     supernet = augment(model, CONFIG)
     assert supernet.feature_info.channels() == model.feature_info.channels()
     assert any(c.kind == 'expand' for c in supernet.layout.channels.values())
     with supernet.sampled(generator(1)):
-        features = supernet(images(1, 64))
+        features = supernet(images(1, SIZE))
     features = features.values() if isinstance(features, dict) else features
     assert [f.shape[1] for f in features] == model.feature_info.channels()
-    assert_exact(supernet, size=64)
+    assert_exact(supernet, size=SIZE)
 
 
 def test_statistics_behind_kept_channels():
@@ -255,13 +258,13 @@ def test_part_of_a_larger_module():
     model = detector()
     supernet = model.backbone
     assert supernet.layout.channels['conv_stem'].kind == 'width'
-    assert_exact(supernet, model, size=64)
-    assert_step(supernet, model, size=64)
+    assert_exact(supernet, model, size=SIZE)
+    assert_step(supernet, model, size=SIZE)
     stock = export(model)
     assert type(stock) is Detector and type(stock.backbone) is supernet.stock
     assert list(stock.state_dict()) == list(model.state_dict())
     with torch.no_grad():
-        x = images(2, 64)
+        x = images(2, SIZE)
         with supernet.active(supernet.max_widths):
             assert not torch.equal(model.eval()(x)['maps'][0], stock.eval()(x)['maps'][0])
         assert torch.equal(model(x)['maps'][0], stock(x)['maps'][0])
@@ -272,7 +275,7 @@ def test_task_over_a_larger_module():
     def criterion(output, target):
         return sum(F.mse_loss(o, t) for o, t in zip(output['maps'], target['maps']))
 
-    x = images(4, 64)
+    x = images(4, SIZE)
     target = dict(maps=[torch.zeros_like(t) for t in detector()(x)['maps']])
     results = []
     for early in (False, True):
@@ -324,7 +327,7 @@ def test_copies(copied, make_model):
     twin = copied(model)
     twin_supernet = twin if isinstance(twin, SuperNet) else twin.backbone
     assert type(twin_supernet) is type(supernet) and twin_supernet.layout == supernet.layout
-    x = images(2, 64)
+    x = images(2, SIZE)
     with supernet.sampled(generator(2)) as widths, twin_supernet.active(widths):
         got, want = tensors(twin(x)), tensors(model(x))
     assert all(torch.equal(a, b) for a, b in zip(got, want))
@@ -356,7 +359,7 @@ def test_distributed_data_parallel(tmp_path):
             if distributed:
                 task.prepare_distributed()
                 assert isinstance(task.trainable_module, DistributedDataParallel)
-            task(images(2, 64), None)['loss'].backward()
+            task(images(2, SIZE), None)['loss'].backward()
             grads.append([p.grad for p in task.network.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(*grads))
     finally:
@@ -369,7 +372,7 @@ def test_torchvision_detector():
     body = torchvision.models.resnet18(norm_layer=nn.BatchNorm2d)
     backbone = _resnet_fpn_extractor(body, 5, returned_layers=[2, 3, 4])
     anchors = AnchorGenerator(((8,), (16,), (32,), (64,)), ((1.0,),) * 4)
-    model = FCOS(backbone, num_classes=3, anchor_generator=anchors, min_size=64, max_size=64)
+    model = FCOS(backbone, num_classes=3, anchor_generator=anchors, min_size=SIZE, max_size=SIZE)
     randomise(model.backbone.body)
     x = [torch.rand(3, 64, 64, generator=generator(s)) for s in range(2)]
     boxes = [dict(boxes=torch.tensor([[4., 4., 40., 40.]]), labels=torch.tensor([1])) for _ in x]
@@ -703,7 +706,7 @@ def test_no_classifier():
     assert 'conv_head' not in supernet.layout.channels and len(supernet.layout.channels) > 20
     with supernet.sampled(generator()):
         assert supernet(images(2, 64)).shape == (2, 448)
-    assert_exact(supernet, size=64)
+    assert_exact(supernet, size=SIZE)
 
 
 def test_registering_a_layer():

@@ -24,7 +24,8 @@ from timm_netaug.cli import export as export_command
 from timm_netaug.cli import hub as hub_command
 from timm_netaug.cli import info as info_command
 from timm_netaug.cli import validate as validate_command
-from timm_netaug.cli.args import FREE_FLAGS, parse_args, train_parser
+from timm_netaug.cli.command_line import parse_args
+from timm_netaug.cli.train_flags import FREE_FLAGS, train_parser
 from timm_netaug.cli.build import set_up_model, set_up_teacher
 from timm_netaug.errors import UserError
 from timm_netaug.io.folder import export_folder
@@ -110,7 +111,7 @@ def hub(server, tmp_path, monkeypatch):
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv('HF_TOKEN', 'hf_owner')
     monkeypatch.setattr('time.sleep', lambda seconds: None)
-    monkeypatch.setattr(validate_command, 'setup_default_logging', lambda: None)
+    monkeypatch.setattr(validate_command, 'set_up_logging', lambda: None)
     return server
 
 

@@ -17,7 +17,8 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from conftest import MODELS, ROOT
 from timm_netaug import NetAugConfig
 from timm_netaug.card import model_card
-from timm_netaug.cli.args import FREE_FLAGS, check_train_args, netaug_config, parse_args, train_parser
+from timm_netaug.cli.command_line import parse_args
+from timm_netaug.cli.train_flags import FREE_FLAGS, check_train_args, netaug_config, train_parser
 from timm_netaug.cli.build import set_up_model
 from timm_netaug.io.folder import check_config
 from timm_netaug.bundled import bundled_cfgs
@@ -73,7 +74,7 @@ def test_accepted(recipe):
     assert set(yaml.safe_load(text)) <= {a.dest for a in parser._actions}
     assert all(len(line) <= 120 for line in text.splitlines())
     args = parse(recipe, '--data-dir', 'D')
-    check_train_args(parser, args)
+    check_train_args(args)
     config = netaug_config(args)
     assert is_model(args.model) and args.model == recipe.split('.')[0]
     assert (config is not None) == bool(re.search(r'\.netaug_(?!in1k_ft)', recipe))

@@ -1,23 +1,25 @@
 """A run that is killed and resumed ends as one that was left alone: weights, metrics, files, to the last bit on CPU."""
+import argparse
 import os
 import random
+import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+import timm
 import torch
 
-from conftest import ROOT, SMALL_RUN, run_python
+from conftest import NETAUG, SMALL_RUN, Fork, run_python
 from timm_netaug.io.saver import AtomicSaver
 
 # How many moments to kill at: they are random, so more of them are more thorough.
 KILLS = int(os.environ.get('NETAUG_TEST_KILLS', 2))
 # Everything with a state of its own: workers, momentum, EMA, erasing, mixup, dropout, a plateau, a short history.
-FLAGS = [*SMALL_RUN, '--netaug', '-b', 30, '-j', 2, '--epochs', 5, '--model-ema', '--model-ema-decay', 0.5, '--reprob',
-         0.3, '--mixup', 0.2, '--mixup-off-epoch', 3, '--drop', 0.1, '--sched', 'plateau', '--patience-epochs', 0,
+PLAIN = [*SMALL_RUN, '-b', 30, '-j', 2, '--epochs', 5, '--model-ema', '--model-ema-decay', 0.5, '--reprob', 0.3,
+         '--mixup', 0.2, '--mixup-off-epoch', 3, '--drop', 0.1, '--sched', 'plateau', '--patience-epochs', 0,
          '--checkpoint-hist', 2, '--lr', 0.5]
+FLAGS = [*PLAIN, *NETAUG]
 
 
 def flat(value, name=''):
@@ -49,39 +51,42 @@ def assert_same_run(a, b):
 @pytest.fixture(scope='module')
 def undisturbed(few_digits, tmp_path_factory):
     out = tmp_path_factory.mktemp('undisturbed')
+    run_python('-c', '')  # so that the server of forks has started
     start = time.time()
     run_python('train.py', '--data-dir', few_digits, *FLAGS, '--output', out, '--experiment', 'run')
     return out / 'run', time.time() - start
 
 
+def epochs_done(run):
+    summary = run / 'summary.csv'
+    return len(summary.read_text().splitlines()) - 1 if summary.exists() else 0
+
+
 @pytest.mark.parametrize('kill', range(KILLS))
 def test_killed_at_any_moment(kill, undisturbed, few_digits, tmp_path):
     want, seconds = undisturbed
-    command = [
-        sys.executable, 'train.py', '--data-dir', few_digits, *FLAGS, '--output', tmp_path, '--experiment', 'run']
-    last = tmp_path / 'run/last.pth.tar'
-    resumed = 0
+    command = ['train.py', '--data-dir', few_digits, *FLAGS, '--output', tmp_path, '--experiment', 'run']
+    run = tmp_path / 'run'
+    last = run / 'last.pth.tar'
     for attempt in range(20):
-        resume = ['--resume', last] if last.exists() else []
-        resumed += bool(resume)
-        process = subprocess.Popen(
-            [str(c) for c in command + resume], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
-        try:
+        with Fork(*command) as process:
             # Killed in the first epoch now and then (it starts anew), and in a later one at any rate.
-            process.wait(random.uniform(0.2, 0.9) * (1 + attempt / 4) * seconds if not resumed else 600)
+            epochs = random.randint(min(attempt, 3), 3)
+            while epochs_done(run) < epochs and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(random.uniform(0, seconds / 5))
+            process.kill()
+        if last.exists():
             break
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert process.returncode == 0
-    if not resumed:
+    if process.returncode == 0:
         pytest.skip('the run was done before it could be killed')
-    for file in (tmp_path / 'run').glob('*.tmp'):
+    assert process.returncode == -signal.SIGKILL and last.exists()
+    run_python(*command, '--resume', last, fork=kill > 0)  # the first one has hashes of its own
+    for file in run.glob('*.tmp'):
         file.unlink()  # what a kill cut short is left there
     for name in ('tmp.pth.tar', 'recovery_tmp.pth.tar'):
-        (tmp_path / 'run' / name).unlink(missing_ok=True)
-    assert_same_run(want, tmp_path / 'run')
+        (run / name).unlink(missing_ok=True)
+    assert_same_run(want, run)
 
 
 def test_best_file_and_history_survive_a_kill_between_files(tmp_path, monkeypatch):
@@ -168,8 +173,7 @@ def test_changed_model_is_refused_by_name(argv, said, undisturbed, few_digits, t
 def test_other_training_is_refused_by_name(undisturbed, few_digits, tmp_path):
     """One without NetAug, and one of other classes."""
     last = undisturbed[0] / 'last.pth.tar'
-    plain = [f for f in FLAGS if f != '--netaug']
-    done = run_python('train.py', '--data-dir', few_digits, *plain, '--resume', last, '--output', tmp_path, check=False)
+    done = run_python('train.py', '--data-dir', few_digits, *PLAIN, '--resume', last, '--output', tmp_path, check=False)
     assert done.returncode == 1 and 'was trained with --netaug.' in done.stderr
     letters = tmp_path / 'letters'
     for folder in few_digits.glob('*/*'):
@@ -180,6 +184,21 @@ def test_other_training_is_refused_by_name(undisturbed, few_digits, tmp_path):
                       check=False)
     assert done.returncode == 1 and "'nine'" in done.stderr and 'classes is' in done.stderr
     assert not (tmp_path / 'out').exists()
+
+
+def test_checkpoint_of_timms_own_script_is_refused(few_digits, tmp_path):
+    """It has the fields that timm's saver writes, and no record of the run."""
+    model = timm.create_model('test_efficientnet', num_classes=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    args = argparse.Namespace(model='test_efficientnet', num_classes=10, opt='sgd', epochs=5)
+    timm.utils.CheckpointSaver(model, optimizer, args=args, checkpoint_dir=str(tmp_path)).save_checkpoint(1, 50.0)
+    last = tmp_path / 'last.pth.tar'
+    assert {'epoch', 'arch', 'state_dict', 'optimizer', 'args'} <= set(torch.load(last, weights_only=False))
+    done = run_python('train.py', '--data-dir', few_digits, *FLAGS, '--resume', last, '--output', tmp_path / 'out',
+                      check=False)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr and not (tmp_path / 'out').exists()
+    assert re.search(r'--resume: \S+last.pth.tar is not a checkpoint of this train.py .*: go on from its weights with'
+                     r' --initial-checkpoint instead', done.stderr)
 
 
 def test_changed_flags_are_told(undisturbed, few_digits, tmp_path):

@@ -21,7 +21,8 @@ from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 
 from timm_netaug.cli import train
-from timm_netaug.cli.args import parse_args, train_parser
+from timm_netaug.cli.command_line import parse_args
+from timm_netaug.cli.train_flags import train_parser
 
 EPOCHS, BATCHES = 4, 3
 
@@ -90,6 +91,7 @@ def reference(args, data, batches):
     return rows, model, ema
 
 
+@pytest.mark.usefixtures('undrawn')
 @pytest.mark.parametrize('model', ['mobilenetv3_small_050', 'test_resnet'])
 @pytest.mark.parametrize('argv', [
     ['--warmup-epochs', 0, '--smoothing', 0],

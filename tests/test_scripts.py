@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from timm.models import _registry
 from timm.utils import NativeScaler, ParseKwargs, dispatch_clip_grad
 
 import timm_netaug
 from conftest import ROOT, SMALL_RUN, images, make, make_supernet, readme_block, run_python
-from timm_netaug.cli import args, build
-from timm_netaug.cli.args import check_train_args, netaug_config, parse_args, train_parser, validate_parser
+from timm_netaug.cli import build
+from timm_netaug.cli.command_line import parse_args
+from timm_netaug.cli.flags import all_flags
+from timm_netaug.cli.train_flags import TRAIN_FLAGS, check_train_args, netaug_config, train_parser
+from timm_netaug.cli.validate_flags import VALIDATE_FLAGS, validate_parser
 from timm_netaug.errors import UserError
 from timm_netaug.io.data import DataSource
 from timm_netaug.io.folder import export_folder
@@ -25,9 +29,10 @@ from timm_netaug.io.run import RunDescription
 SMALL = ['--num-classes', 10, '--img-size', 32, '-b', 120, '-j', 0, '--warmup-epochs', 0, '--crop-pct', 1.0]
 
 
-@pytest.mark.parametrize('script, parser', [('train', train_parser()), ('validate', validate_parser())])
-def test_every_flag_of_timm(script, parser):
-    """Same flags, defaults, types, choices and numbers of values; all explained in --help."""
+@pytest.mark.parametrize('script, parser, table', [
+    ('train', train_parser(), TRAIN_FLAGS), ('validate', validate_parser(), VALIDATE_FLAGS)])
+def test_every_flag_of_timm(script, parser, table):
+    """Same flags, defaults, types, choices and numbers of values; --help has all but those that are always refused."""
     flags = json.loads((ROOT / f'tests/data/{script}_flags.json').read_text())
     assert len(flags) > 50
     actions = {a.dest: a for a in parser._actions}
@@ -35,26 +40,27 @@ def test_every_flag_of_timm(script, parser):
         action = actions[flag['dest']]
         assert set(action.option_strings or [action.dest]) == set(flag['flags'])
         assert action.default == flag['default'] and action.nargs == flag['nargs'], flag['dest']
-        assert (action.type.__name__ if action.type else None) == flag['type'] or flag['type'] == 'ParseKwargs'
+        if action.nargs != 0 and flag['type'] != 'ParseKwargs' and not isinstance(action, ParseKwargs):
+            assert action.type.__name__ == (flag['type'] or 'str')
         assert isinstance(action, ParseKwargs) == ('ParseKwargs' in (flag['type'], flag['kind']))
-        assert (list(action.choices) if action.choices else None) == flag['choices']
-        assert action.help
-        assert all(name in parser.format_help() for name in flag['flags'])
+        row = next(row for row in all_flags(table) if row.dest == flag['dest'])
+        assert flag['choices'] in (None, list(row.choices))
+        assert row.help and all((name in parser.format_help()) != bool(row.refused) for name in flag['flags'])
 
 
 @pytest.mark.parametrize('argv, said', [
-    (['--naflex-loader'], '--naflex-loader is not carried out: NaFlex models are transformers'),
-    (['--naflex-max-seq-len', '64'], '--naflex-max-seq-len is not carried out'),
+    (['--naflex-loader'], '--naflex-loader is not supported: NaFlex models are transformers'),
+    (['--naflex-max-seq-len', '64'], '--naflex-max-seq-len is not supported'),
     (['--kd-temperature', '2'], '--kd-temperature does nothing without --kd-model-name or --netaug-distill'),
     (['--kd-model-name', 'x', '--kd-temperature', '0'], '--kd-temperature must be above 0'),
-    (['--kd-model-name', 'x', '--kd-loss-type', 'mse'], "--kd-loss-type takes one of 'kl'"),
+    (['--kd-model-name', 'x', '--kd-loss-type', 'mse'], '--kd-loss-type must be one of kl'),
     (['--kd-model-name', 'x', '--kd-token-distill-type', 'hard'], 'does nothing without --kd-distill-type token'),
     (['--kd-model-name', 'x', '--task-loss-weight', '-1'], '--task-loss-weight must be at least 0'),
     (['--kd-model-name', 'x', '--task-loss-weight', '2'], '--task-loss-weight above 1 needs --distill-loss-weight'),
     (['--netaug', '--kd-model-name', 'x', '--kd-distill-type', 'token'], 'does not go together with --netaug'),
     (['--distill-loss-weight', '1'], '--distill-loss-weight does nothing without --kd-model-name'),
     (['--train-img-sizes', '32', '64', '--train-batch-sizes', '8'], '--train-batch-sizes needs a value for each of'),
-    (['--train-img-sizes', '0', '64'], '--train-img-sizes and --train-batch-sizes must be at least 1'),
+    (['--train-img-sizes', '0', '64'], '--train-img-sizes must be at least 1, got 0'),
     (['--train-batches-per-epoch', '3'], '--train-batches-per-epoch does nothing without --train-img-sizes'),
     (['--variable-batch-loss-scale', 'sqrt'], 'does nothing without --train-batch-sizes'),
     (['--netaug', '--torchscript'], '--torchscript does not go together with --netaug'),
@@ -82,41 +88,41 @@ def test_every_flag_of_timm(script, parser):
     (['--netaug-init', '--netaug'], '--netaug-init does nothing with --netaug'),
     (['--netaug-init', '--pretrained'], '--netaug-init is for a training from scratch'),
     (['--netaug', '--netaug-width-mults', '0.5'], '--netaug-width-mults must be'),
-    (['--smoothing', '1'], '--smoothing must be from 0 up to, but not, 1, got 1'),
-    (['--hflip', '2'], '--hflip must be from 0 to 1, got 2'),
-    (['--mean', '0.5', '123', '0.5'], r'--mean must be from 0 to 1, got 123 \(pixels are from 0 to 1 here'),
-    (['--std', '0', '0.5', '0.5'], '--std must be above 0, from 0 to 1, got 0'),
+    (['--smoothing', '1'], '--smoothing must be at least 0 and below 1, got 1'),
+    (['--hflip', '2'], '--hflip must be at least 0 and at most 1, got 2'),
+    (['--mean', '0.5', '123', '0.5'], '--mean must be at least 0 and at most 1, got 123'),
+    (['--std', '0', '0.5', '0.5'], '--std must be above 0 and at most 1, got 0'),
     (['--momentum', '2'], '--momentum must be'),
     (['--model-ema', '--model-ema-decay', '1.5'], '--model-ema-decay must be'),
-    (['--clip-mode', 'nrom'], '--clip-mode takes one of'),
+    (['--clip-mode', 'nrom'], '--clip-mode must be one of norm, value, agc'),
     (['--batch-size', '0'], '--batch-size must be at least 1'),
-    (['--bce-sum'], '--bce-sum does nothing without --bce-loss'),
-    (['--tta', '2'], '--tta is not carried out: '),
+    (['--bce-sum'], '--bce-sum does nothing without --loss bce'),
+    (['--tta', '2'], '--tta is not supported: '),
     (['--model-ema-decay', '0.5'], '--model-ema-decay does nothing without --model-ema'),
     (['--scale', '0.5'], '--scale takes two numbers'),
-    (['--interpolation', 'cubic'], '--interpolation takes one of'),
+    (['--interpolation', 'cubic'], '--interpolation must be one of'),
     (['--model-ema-warmup'], '--model-ema-warmup does nothing without --model-ema'),
 ])
 def test_refused_by_name(argv, said):
     parser = train_parser()
     args = parse_args(parser, ['--data-dir', 'D', *argv])
     with pytest.raises(UserError, match=said):
-        check_train_args(parser, args)
+        check_train_args(args)
         netaug_config(args)
 
 
 def test_every_flag_is_read_or_refused():
     """No flag is parsed and then forgotten."""
     code = ''.join((ROOT / 'timm_netaug/cli' / p).read_text() for p in (
-        'train.py', 'build.py', 'device.py', 'loaders.py', 'run_folder.py'))
-    refused = set(args._REFUSED)  # with --netaug alone is not enough
+        'train.py', 'build.py', 'common_flags.py', 'device.py', 'loaders.py', 'run_folder.py'))
+    refused = {flag.dest for flag in all_flags(TRAIN_FLAGS) if flag.refused}  # with --netaug alone is not enough
     by_timm = {  # read off the arguments by timm's helpers
         'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'layer_decay', 'layer_decay_min_scale',
         'layer_decay_no_opt_scale', 'lr_noise', 'lr_noise_pct', 'lr_noise_std', 'lr_cycle_mul', 'lr_cycle_decay',
         'lr_cycle_limit', 'lr_k_decay', 'warmup_lr', 'min_lr', 'decay_milestones', 'decay_epochs', 'warmup_epochs',
         'warmup_prefix', 'cooldown_epochs', 'patience_epochs', 'decay_rate', 'img_size', 'input_size', 'mean', 'std',
         'crop_pct', 'interpolation', 'epochs'}
-    by_timm |= {'data', 'local_rank'}  # by parse_args and check_train_args
+    by_timm |= {'data', 'local_rank', 'jsd_loss', 'bce_loss'}  # by parse_args and check_train_args
     by_timm |= {field.name for field in dataclasses.fields(DataSource)}  # by data_source
     dests = [a.dest for a in train_parser()._actions if a.dest not in ('help', 'config')]
     unread = [d for d in dests if not re.search(rf'args\.{d}\b', code) and not d.startswith('netaug_')]
@@ -127,7 +133,6 @@ def test_every_flag_is_read_or_refused():
     ('epoch: 3', "Unknown key 'epoch' .value 3.* nearest flag is --epochs"),
     ('lr: fast', "'lr' .*'fast'.*invalid float"),
     ('netaug: 1', "'netaug' .* takes true or false"),
-    ('kd_distill_type: logits', "'kd_distill_type'.*'logits'.*invalid choice"),
     ('model: [a, b]', 'takes one value'),
     ('batch_size: 1.5', "'batch_size'.*invalid int"),
     ('input_size: [3, 32]', "'input_size'.*expected 3"),
@@ -187,7 +192,9 @@ def test_run_with_netaug(run_dir):
     assert run['data_config']['input_size'] == (3, 32, 32) and run['data_config']['crop_pct'] == 1.0
     assert set(p.name for p in run_dir.iterdir()) == {
         'args.yaml', 'versions.json', 'summary.csv', 'curves.png', 'last.pth.tar', 'model_best.pth.tar',
-        'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar'}
+        'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'milestone-1.pth.tar'}
+    picture = np.array(Image.open(run_dir / 'curves.png'))
+    assert picture.shape[0] > 300 and picture.shape[1] > 1000 and len(np.unique(picture)) > 50
     again = parse_args(train_parser(), ['-c', str(run_dir / 'args.yaml')])  # a run's flags are a config for the next
     assert again.epochs == 2 and again.netaug and again.mean == [0.3]
 
@@ -223,14 +230,14 @@ def test_reads_in_stock_timm(few_digits, tmp_path):
     code = ('import sys, timm;'
             " m = timm.create_model('mobilenetv3_small_050', num_classes=10, checkpoint_path=sys.argv[1]);"
             " assert 'timm_netaug' not in sys.modules; print(sum(p.numel() for p in m.parameters()))")
-    done = run_python('-c', code, tmp_path / 'run/last.pth.tar', cwd=tmp_path)
+    done = run_python('-c', code, tmp_path / 'run/last.pth.tar', cwd=tmp_path, fork=False)
     stock = timm.create_model('mobilenetv3_small_050', num_classes=10)
     assert int(done.stdout) == sum(p.numel() for p in stock.parameters())
 
 
 def test_resume(run_dir, digits, tmp_path):
     """The second epoch, run again from the first one's checkpoint, ends with the same weights."""
-    args = ['train.py', '-c', run_dir / 'args.yaml', '--resume', run_dir / 'checkpoint-0.pth.tar', '--output', tmp_path]
+    args = ['train.py', '-c', run_dir / 'args.yaml', '--resume', run_dir / 'milestone-1.pth.tar', '--output', tmp_path]
     run_python(*args, '--experiment', 'resumed', fork=False)
     one, two = (torch.load(d / 'last.pth.tar', weights_only=False) for d in (run_dir, tmp_path / 'resumed'))
     assert one['epoch'] == two['epoch'] == 1
@@ -271,6 +278,7 @@ def register_weights(monkeypatch, name, model, file):
     monkeypatch.setitem(_registry._model_pretrained_cfgs, name, cfg)
 
 
+@pytest.mark.usefixtures('undrawn')
 @pytest.mark.parametrize('netaug', [[], ['--netaug']], ids=['plain', 'netaug'])
 @pytest.mark.parametrize('flag, classes', [('--pretrained', 10), ('--pretrained', 3), ('--initial-checkpoint', 10)])
 def test_starts_from_registered_weights_and_checkpoints(flag, classes, netaug, few_digits, tmp_path, monkeypatch):
@@ -288,6 +296,7 @@ def test_starts_from_registered_weights_and_checkpoints(flag, classes, netaug, f
     assert got['classifier.weight'].shape[0] == 10
 
 
+@pytest.mark.usefixtures('undrawn')
 def test_average_of_the_weights(few_digits, tmp_path, capsys, monkeypatch):
     """With NetAug: it is what is evaluated, and what --use-ema takes, also of a run that did not evaluate it."""
     from timm_netaug.cli import export as export_command
@@ -493,7 +502,52 @@ def test_weights_to_start_from_that_are_wrong(flag, content, said, few_digits, t
     assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()
 
 
-def test_validate_reference_checkpoint(digits, tmp_path):
+@pytest.mark.usefixtures('undrawn')
+def test_validation_loss_that_is_not_a_number(few_digits, tmp_path, monkeypatch):
+    """The run ends with a sentence, and the files of the epochs before are as they were."""
+    from timm_netaug.cli import train
+
+    evaluate, run, before = train.evaluate, tmp_path / 'run', {}
+
+    def files():
+        return {p.name: p.read_bytes() for p in run.iterdir()}
+
+    def evaluated(*args, **kwargs):
+        metrics = evaluate(*args, **kwargs)
+        if not run.joinpath('last.pth.tar').exists():  # epoch 0
+            return metrics
+        before.update(files())
+        return {**metrics, 'loss': float('nan')}
+
+    monkeypatch.setattr(train, 'evaluate', evaluated)
+    argv = ['train.py', '--data-dir', few_digits, *SMALL_RUN, '--netaug', '-b', 60, '-j', 0, '--epochs', 3, '--output',
+            tmp_path, '--experiment', 'run']
+    monkeypatch.setattr(sys, 'argv', list(map(str, argv)))
+    with pytest.raises(SystemExit, match='^train.py: error: The validation loss is nan: try a lower rate. The'
+                                         ' checkpoints of the epochs before are untouched.$'):
+        train.main()
+    assert {'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar'} <= set(before) and files() == before
+    assert [row['epoch'] for row in csv.DictReader((run / 'summary.csv').open())] == ['0']
+
+
+def test_one_class_where_more_are_asked_for(few_digits, tmp_path):
+    """Images that lie in one folder are no data set of ten classes, neither to train on nor to validate on."""
+    for split in ('train', 'validation'):
+        (tmp_path / 'data' / split).mkdir(parents=True)
+        (tmp_path / 'data' / split / '7').symlink_to(few_digits / split / '7')
+    said = 'The data set has one class, 7, the model 10: the images of each class go into a folder of their own'
+    done = run_python('train.py', '--data-dir', tmp_path / 'data', *SMALL_RUN, '-b', 12, '-j', 0, '--output',
+                      tmp_path / 'out', check=False)
+    assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
+    assert not (tmp_path / 'out').exists()
+    torch.save(make('test_efficientnet').state_dict(), tmp_path / 'weights.pth')
+    done = run_python('validate.py', '--data-dir', tmp_path / 'data', '--model', 'test_efficientnet', '--num-classes',
+                      10, '--img-size', 32, '--checkpoint', tmp_path / 'weights.pth', '-j', 0, check=False)
+    assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
+    assert '--result' not in done.stdout
+
+
+def test_validate_reference_checkpoint(few_digits, tmp_path):
     from test_reference import reference_names
     model = make('netaug_mbv3_035')
     names = reference_names(model)
@@ -502,11 +556,11 @@ def test_validate_reference_checkpoint(digits, tmp_path):
     results = []
     for file in ('official.pth', 'own.pth'):
         done = run_python('validate.py', '--model', 'netaug_mbv3_035', '--checkpoint', tmp_path / file, '--data-dir',
-                          digits, '--num-classes', 10, '--img-size', 32, '-j', 0)
+                          few_digits, '--num-classes', 10, '--img-size', 32, '-j', 0)
         results.append(json.loads(done.stdout[done.stdout.index('{'):])['loss'])
     assert results[0] == results[1]
     done = run_python('validate.py', '--model', 'netaug_mcunet', '--checkpoint', tmp_path / 'official.pth',
-                      '--data-dir', digits, '--num-classes', 10, check=False)
+                      '--data-dir', few_digits, '--num-classes', 10, check=False)
     assert done.returncode == 1 and 'does not fit netaug_mcunet' in done.stderr and 'Traceback' not in done.stderr
 
 
@@ -520,15 +574,15 @@ def test_readme_loop():
 
 
 def test_readme_network():
-    """The README's network of one's own, and its shared trunk."""
+    """The network of one's own in docs/library.md, as it stands there."""
     scope = dict()
-    exec(readme_block('own network'), scope)
+    exec(readme_block('own network', 'docs/library.md'), scope)
     assert [c.base for c in scope['supernet'].layout.channels.values()] == [16, 24]
 
 
 def test_epochs_without_validation(few_digits, tmp_path):
     """The columns of summary.csv stay in place, and a schedule by metric goes on with the last one measured."""
-    run_python('train.py', '--data-dir', few_digits, '--model', 'netaug_mbv2_tiny', *SMALL, '--epochs', 3,
+    run_python('train.py', '--data-dir', few_digits, '--model', 'test_efficientnet', *SMALL, '--epochs', 3,
                '--val-interval', 2, '--sched', 'plateau', '--lr', 0.01, '--output', tmp_path, '--experiment', 'run')
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert [bool(r['eval_top1']) for r in rows] == [False, True, True]
@@ -560,7 +614,6 @@ def test_validate_knows_the_run(run_dir, digits, tmp_path):
     done = run_python(*source, tmp_path / 'some')
     got = json.loads(done.stdout[done.stdout.index('{'):])
     model = timm.create_model('netaug_mbv2_tiny', num_classes=10, checkpoint_path=str(run_dir / 'last.pth.tar')).eval()
-    from PIL import Image
     files = [(f, int(n)) for n in '379' for f in sorted((digits / 'validation' / n).glob('*.png'))]
     with torch.no_grad():
         x = torch.stack([torch.tensor(np.array(Image.open(f))).permute(2, 0, 1) for f, _ in files])
@@ -594,9 +647,9 @@ def test_resume_with_another_training(run_dir, digits):
         assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
 
 
-def test_summary_keeps_its_columns(digits, tmp_path):
+def test_summary_keeps_its_columns(few_digits, tmp_path):
     """Three updates in an epoch: the first one of the second epoch has no augmented pass."""
-    run_python('train.py', '--data-dir', digits, *SMALL, '-b', 400, '--model', 'test_efficientnet', '--netaug',
+    run_python('train.py', '--data-dir', few_digits, *SMALL, '-b', 80, '--model', 'test_efficientnet', '--netaug',
                '--netaug-every', 2, '--netaug-distill', 0.1, '--epochs', 3, '--output', tmp_path, '--experiment', 'run')
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert list(rows[0]) == ['epoch', 'train_loss', 'train_tiny_loss', 'train_aug_loss', 'train_distill_loss',

@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from timm.optim import create_optimizer_v2
+from timm.utils import freeze
 
 import timm_netaug
 from conftest import MODELS, OTHERS, generator, images, make, make_supernet
@@ -61,7 +62,7 @@ def test_tiny_outside(name):
     assert list(supernet.state_dict()) == list(before)
     assert sum(p.numel() for p in supernet.parameters()) > 2 * sum(p.numel() for p in model.parameters())
     assert_same_state(snapshot(model), before)
-    x = images(2)
+    x = images(2, 48)
     for mode in (True, False):
         assert_equal_networks(supernet.train(mode), model.train(mode), x)
     # a training pass of the tiny network writes what a stock training pass writes
@@ -84,7 +85,7 @@ def test_sampled_is_a_stock_network(name, divisor):
     supernet = make_supernet(name, dict(divisor=divisor))
     stock_type = type(make(name))
     g = generator(3)
-    x = images(2)
+    x = images(2, 48)
     seen = set()
     for i in range(3):
         supernet.train(i % 2 == 0)
@@ -315,10 +316,11 @@ def test_initialisation():
 @pytest.mark.parametrize('name', ['netaug_mbv2_tiny', 'netaug_mbv3_035'])
 def test_sort(name, opt):
     """In float64, where a sum in another order differs by 1e-12 at the most."""
-    supernet = make_supernet(name, dtype=torch.float64).double().train()
+    config = dict(width_mults=(1, 1.4), expand_mults=(1, 1.6))
+    supernet = make_supernet(name, config, dtype=torch.float64).double().train()
     supernet.init_weights(sort=False)  # weights of one size throughout, so that a sort mixes the slice and what is behind it
     optimizer = create_optimizer_v2(supernet, opt, lr=1e-3, momentum=0.9, weight_decay=1e-3)
-    x = images(2, 64, dtype=torch.float64)
+    x = images(2, 48, dtype=torch.float64)
 
     def step(net, optimizer):
         optimizer.zero_grad()
@@ -407,11 +409,12 @@ def test_statistics_after_an_epoch_of_ten_steps():
     digits = load_digits()
     x = torch.tensor(digits.images, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1)
     x = nn.functional.interpolate(x / 16, 32, mode='bilinear').sub(0.3).div(0.35)
+    x = x.contiguous(memory_format=torch.channels_last)  # in which a step takes half the time
     y = torch.tensor(digits.target)
     torch.manual_seed(0)
     config = NetAugConfig(width_mults=(1, 1.5), expand_mults=(1, 2))
     supernet = augment(timm.create_model('netaug_mbv2_tiny', num_classes=10), config)
-    supernet.init_weights()
+    supernet.to(memory_format=torch.channels_last).init_weights()
     optimizer = torch.optim.SGD(supernet.parameters(), lr=0.05, momentum=0.9, nesterov=True)
     task = timm_netaug.NetAugTask(supernet)
 
@@ -453,10 +456,11 @@ def test_gradient_checkpointing(name):
     """Gradients and statistics are those without it, though the backward pass comes when the widths are others."""
     stock = make(name, drop_path_rate=0.3)
     stock.set_grad_checkpointing()
-    checkpointed = augment(stock)
-    plain = augment(make(name, drop_path_rate=0.3))
+    config = NetAugConfig(width_mults=(1, 1.4), expand_mults=(1, 1.6))
+    checkpointed = augment(stock, config)
+    plain = augment(make(name, drop_path_rate=0.3), config)
     plain.load_state_dict(checkpointed.state_dict())
-    x, y = images(4, 64), torch.arange(4)
+    x, y = images(4, 48), torch.arange(4)
     calls = []
     checkpointed.blocks[1][0].register_forward_pre_hook(lambda *args: calls.append(1))
     for supernet in (plain, checkpointed):
@@ -530,3 +534,15 @@ def test_optimizers_that_cannot_be_sorted():
     with pytest.raises(ValueError, match="LBFGS keeps a '.*' for 'conv_stem.weight' that is of other parameters, too"):
         supernet.sort_channels(optimizer)
     assert all(torch.equal(before[k], v) for k, v in supernet.state_dict().items())
+
+
+def test_frozen_layers_are_refused_by_name():
+    """timm.utils.freeze puts stock layers in the place of the elastic ones, unless it is told to leave them."""
+    supernet = make_supernet('netaug_mbv2_tiny')
+    freeze(supernet, ['blocks.0'], include_bn_running_stats=False)
+    supernet.train()
+    assert not any(p.requires_grad for p in supernet.blocks[0].parameters())
+    freeze(supernet, ['blocks.1'])
+    for use in (supernet.train, lambda: timm_netaug.export(supernet)):
+        with pytest.raises(ValueError, match=r"layer 'blocks\.1\..*FrozenBatchNormAct2d.*include_bn_running_stats=False"):
+            use()

@@ -14,11 +14,14 @@ from timm_netaug import NetAugConfig, NetAugTask, augment, export, init_weights
 from timm_netaug.task import step_generator
 from timm_netaug.trunk import SharedTrunk, stage_names
 
-X, Y = images(4, 64, dtype=torch.float64), torch.tensor([1, 2, 3, 4])
+SIZE = 48  # pixels, of which stride 32 leaves 2 x 2
+X, Y = images(4, SIZE, dtype=torch.float64), torch.tensor([1, 2, 3, 4])
+CONFIG = dict(width_mults=(1, 1.3, 1.6), expand_mults=(1, 1.4, 1.8))  # narrow: none of what follows is about widths
 
 
 def supernet_of(name='netaug_mbv2_tiny', from_stage=3, shared=True, **kwargs):
-    supernet = randomise(augment(make(name, **kwargs), NetAugConfig(from_stage=from_stage)), 1).double().train()
+    config = NetAugConfig(from_stage=from_stage, **CONFIG)
+    supernet = randomise(augment(make(name, **kwargs), config), 1).double().train()
     if not shared:
         supernet.netaug_trunk.unwatch(supernet)
     return supernet
@@ -53,10 +56,12 @@ def test_same_step(name, from_stage, early):
 
 
 @pytest.mark.parametrize('early', [False, True], ids=['one backward pass', 'early'])
-@pytest.mark.parametrize('name, from_stage', [('resnet18', 2), ('test_efficientnet', 2), ('mobileone_s0', 2)])
-def test_same_step_of_other_networks(name, from_stage, early):
-    want = step(supernet_of(name, from_stage, shared=False))
-    assert_same(want, step(supernet_of(name, from_stage), early_backward=early))
+@pytest.mark.parametrize('name, kwargs', [
+    ('resnet18', dict(channels=(16, 32, 64, 128))), ('test_efficientnet', {}), ('mobileone_s0', {})],
+    ids=['resnet18', 'test_efficientnet', 'mobileone_s0'])
+def test_same_step_of_other_networks(name, kwargs, early):
+    want = step(supernet_of(name, 2, shared=False, **kwargs))
+    assert_same(want, step(supernet_of(name, 2, **kwargs), early_backward=early))
 
 
 @pytest.mark.parametrize('kwargs', [dict(distill=0.5), dict(alpha=0.3, every=2), dict(stop_width_at=0.0)], ids=str)
@@ -97,7 +102,7 @@ def test_same_accumulated_gradients(early):
         supernet = supernet_of(shared=shared)
         task = NetAugTask(supernet, verbose=False, early_backward=early and shared)
         for seed in range(2):
-            result = task(images(4, 64, seed, dtype=torch.float64), Y)
+            result = task(images(4, SIZE, seed, dtype=torch.float64), Y)
             (result['loss'] / 2).backward()
         grads = {n: p.grad for n, p in supernet.named_parameters()}
         results.append((result, grads, dict(supernet.named_buffers())))
@@ -161,7 +166,7 @@ def test_inside_a_detector(early):
     for shared in (False, True):
         torch.manual_seed(0)
         model = randomise(Detector())
-        model.backbone = randomise(augment(model.backbone, NetAugConfig(from_stage=3)), 1)
+        model.backbone = randomise(augment(model.backbone, NetAugConfig(from_stage=3, **CONFIG)), 1)
         model.double().train()
         if not shared:
             model.backbone.netaug_trunk.unwatch(model.backbone)
@@ -338,10 +343,10 @@ def test_initial_weights():
 def test_script(few_digits, tmp_path):
     """A run that is resumed ends as one that was not, to the last bit; another branch is refused by name."""
     command = ['train.py', '--data-dir', few_digits, *SMALL_RUN, '-b', 60, '-j', 0, '--netaug', '--model-ema',
-               '--netaug-from-stage', 2, '--epochs', 2, '--output', tmp_path]
+               '--netaug-from-stage', 2, '--epochs', 2, '--save-epochs', 1, '--output', tmp_path]
     done = run_python(*command, '--experiment', 'whole')
-    assert "'from_stage': 2" in done.stderr
-    first = tmp_path / 'whole/checkpoint-0.pth.tar'
+    assert 'NetAug from_stage: 2' in done.stderr
+    first = tmp_path / 'whole/milestone-1.pth.tar'
     run_python(*command, '--experiment', 'resumed', '--resume', first, fork=False)
     whole, resumed = (torch.load(tmp_path / n / 'last.pth.tar', weights_only=False) for n in ('whole', 'resumed'))
     assert whole['state_dict'].keys() == timm.create_model('test_efficientnet', num_classes=10).state_dict().keys()
@@ -470,7 +475,7 @@ def test_hooks_of_a_feature_extractor(early):
     for shared in (False, True):
         model = make('tf_efficientnet_lite0', features_only=True, out_indices=(2, 3, 4), num_classes=None,
                      feature_cfg=dict(feature_cls='hook'))
-        supernet = randomise(augment(model, NetAugConfig(from_stage=3)), 1).double().train()
+        supernet = randomise(augment(model, NetAugConfig(from_stage=3, **CONFIG)), 1).double().train()
         if not shared:
             supernet.netaug_trunk.unwatch(supernet)
         task = NetAugTask(supernet, lambda o, _: sum(f.square().mean() for f in o), verbose=False,

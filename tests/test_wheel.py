@@ -21,13 +21,13 @@ def test_wheel(few_digits, tmp_path):
     wheel, = tmp_path.glob('*.whl')
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split('/')[0] for n in names if not n.split('/')[0].endswith('.dist-info')} == {'timm_netaug'}
-    run(sys.executable, '-m', 'venv', tmp_path / 'env', cwd=tmp_path)
+    run(sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'env', cwd=tmp_path)
     python = tmp_path / 'env/bin/python'
     # The dependencies are those of this environment, which CI installs from nothing: PyTorch alone has 5 GB.
     site = run(python, '-c', "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
     with open(os.path.join(site, 'dependencies.pth'), 'w') as f:
         f.write(sysconfig.get_path('purelib') + '\n')
-    run(python, '-m', 'pip', 'install', '--no-deps', wheel, cwd=tmp_path)
+    run(sys.executable, '-m', 'pip', '--python', python, 'install', '--no-deps', wheel, cwd=tmp_path)
     where = run(python, '-c', 'import timm_netaug; print(timm_netaug.__file__)', cwd=tmp_path).strip()
     assert where.startswith(site)
     out = run(tmp_path / 'env/bin/timm-netaug-train', '--data-dir', few_digits, *SMALL_RUN, '--netaug', '-b', 60, '-j',

@@ -13,7 +13,11 @@ __all__ = ['CITATION', 'METRICS', 'known_facts', 'model_card', 'shell_block']
 
 _FACTS = dict(command=list, processes=int, evaluated_with=list, epoch=int, epochs=int, metrics=dict, images=int,
               dataset=str, dataset_terms=str, converted_from=str, netaug=bool, baseline=dict, baseline_about=str)
-METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
+METRICS = {
+    'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy', 'map': 'Mean average precision', 'micro_f1': 'F1 (micro)',
+    'macro_f1': 'F1 (macro)', 'sample_f1': 'F1 (samples)',
+}
+_METRIC_TYPES = {'top1': 'accuracy', 'top5': 'accuracy', 'map': 'mean_average_precision'}  # the Hub's names
 CITATION = """@inproceedings{cai2022netaug,
   title={Network Augmentation for Tiny Deep Learning},
   author={Cai, Han and Gan, Chuang and Lin, Ji and Han, Song},
@@ -43,7 +47,7 @@ def _front_matter(name: str, config: Mapping[str, Any], facts: Mapping[str, Any]
             dataset_type=dataset or 'imagefolder',
             dataset_name=dataset or 'image folder',
             dataset_split=split,
-            metric_type='accuracy',
+            metric_type=_METRIC_TYPES.get(key, 'f1'),
             metric_name=METRICS[key],
             metric_value=round(value, 4),
         )

@@ -2,14 +2,14 @@
 import difflib
 import sys
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Iterator, Type
 
 from timm.models import is_model, list_models
 
-__all__ = ['UserError', 'check_model_name', 'first_line', 'exit_on_user_error']
+__all__ = ['UserError', 'check_model_name', 'exit_on_user_error', 'first_line', 'rewording']
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Wrong input: its message is all that a user of a command gets to see."""
 
 
@@ -27,6 +27,28 @@ def check_model_name(name: str) -> None:
 def first_line(error: BaseException) -> str:
     """Return the first sentence of another library's error; some have no text at all, others end with advice."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].split('. ')[0].rstrip('.')
+
+
+@contextmanager
+def rewording(subject: str, *errors: Type[BaseException], hint: str = '', whole: bool = False) -> Iterator[None]:
+    """Turn errors of another library into one sentence: what failed, what the library says of it, what to do.
+
+    Args:
+        subject: What failed; a colon and the library's words follow.
+        errors: Types of errors; none of them for all.
+        hint: What to do, a sentence.
+        whole: Keep the whole text of the error, not only its first sentence.
+
+    Raises:
+        UserError: In place of such an error. Errors of this type pass as they are.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except errors or Exception as e:
+        text = ' '.join(str(e).split()) if whole else first_line(e)[:300]
+        raise UserError(f'{subject}: {text.rstrip(".")}.{f" {hint}" if hint else ""}') from e
 
 
 @contextmanager

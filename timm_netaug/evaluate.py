@@ -8,13 +8,21 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 from timm.data import create_loader, create_naflex_loader
-from timm.task import ClassificationEvaluator
+from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils import check_batch_size_retry, decay_batch_step
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from .errors import UserError
-from .io.data import DataSource, check_channels, check_split, class_names, open_dataset, watched
+from .io.data import (
+    DataSource,
+    check_channels,
+    check_split,
+    class_names,
+    encode_targets,
+    open_dataset,
+    watched,
+)
 from .labels import LabelEvaluator, read_real_labels, read_valid_labels
 
 __all__ = ['evaluate', 'evaluate_model', 'progress_bar', 'to_device']
@@ -65,7 +73,7 @@ def evaluate(
         after_batch: Is called after every batch, and may raise.
 
     Returns:
-        The evaluator's metrics: 'loss', 'top1' and 'top5' (percent).
+        The evaluator's metrics, such as 'loss', 'top1' and 'top5' (percent).
     """
     model.eval()
     bar = progress_bar(loader, description, primary)
@@ -80,7 +88,10 @@ def evaluate(
             output = output[0]
         evaluator.update(output, target)
         if primary and (i == last or i % log_interval == 0):
-            line = '  '.join(f'{k} {v:.4g}' for k, v in evaluator.summary().items())
+            told = evaluator.summary()
+            if torch.is_tensor(output) and output.shape[1] < 6:
+                told.pop('top5', None)  # always 100 %
+            line = '  '.join(f'{k} {v:.4g}' for k, v in told.items())
             if bar.disable:
                 _logger.info(f'{description} [{i + 1}/{last + 1}]  so far: {line}')
             else:
@@ -113,6 +124,10 @@ def _open_split(
             raise UserError(f'--valid-labels does not list the classes of the data set in its order, which is'
                             f' {", ".join(classes[:5])} and so on.')
         return dataset, valid
+    if kwargs['target'] != 'class':
+        if names and classes and classes != list(names):
+            raise UserError('The data set has other classes than the model, or the same in another order.')
+        return dataset, None
     if names and classes and classes != list(names) and not source.class_map:
         # Fewer classes than the model's would be counted from 0 again, and every label be wrong.
         unknown = sorted(set(classes) - set(names))
@@ -162,6 +177,7 @@ def evaluate_model(
         channels_last: bool = False,
         compile: Callable[[nn.Module], nn.Module] = lambda model: model,
         num_samples: Optional[int] = None,
+        target: str = 'class',
         valid_labels: str = '',
         real_labels: str = '',
         metrics_avg: Optional[str] = None,
@@ -177,12 +193,14 @@ def evaluate_model(
         retry: Use smaller batches where memory is short.
         compile: Is applied to the model before every attempt, when it is on the device.
         num_samples: Samples of the split, for iterable data sets.
+        target: What the target of an image is: see `open_dataset`.
         valid_labels, real_labels, metrics_avg: See `labels`.
         naflex_max_seq_len: Patches of an image, for a NaFlex model.
         loader_args: Further arguments of timm's `create_loader`, or for a NaFlex model `create_naflex_loader`.
 
     Returns:
-        'loss', 'top1' and 'top5' (percent), the number of 'images', and what `metrics_avg` adds.
+        'loss', 'top1' and 'top5' (percent; of multi-label images 'map', 'micro_f1', 'macro_f1' and 'sample_f1'), the
+        number of 'images', and what `metrics_avg` adds.
 
     Raises:
         UserError: The data set does not fit the model, or there is too little memory.
@@ -190,7 +208,8 @@ def evaluate_model(
     device, tf_preprocessing = torch.device(device), loader_args.get('tf_preprocessing', False)
     dataset, valid = _open_split(
         source, split, class_names, num_classes, valid_labels, channels=data_config['input_size'][0],
-        num_samples=num_samples, load_bytes=tf_preprocessing)
+        num_samples=num_samples, load_bytes=tf_preprocessing, target=target)
+    encode_targets([dataset], num_classes, target)
     files = [sample[0] for sample in getattr(getattr(dataset, 'reader', None), 'samples', ())]
     if tf_preprocessing and any(isinstance(f, str) and not f.lower().endswith(('.jpg', '.jpeg')) for f in files):
         raise UserError('--tf-preprocessing reads JPEG images only, the data set has others.')
@@ -206,7 +225,9 @@ def evaluate_model(
         model = model.to(memory_format=torch.channels_last)
     while True:
         real = read_real_labels(real_labels, dataset, num_classes) if real_labels else None
-        evaluator, loader = LabelEvaluator(device, valid, real, metrics_avg), make_loader(batch_size=batch_size)
+        evaluator = LabelEvaluator(device, valid, real, metrics_avg) if target == 'class' else (
+            MultiLabelClassificationEvaluator(device))
+        loader = make_loader(batch_size=batch_size)
         if not tf_preprocessing and naflex_max_seq_len is None:
             check_channels(dataset, data_config['input_size'][0])
         try:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 from timm.models import parse_model_name
 
-from .errors import UserError, first_line
+from .errors import UserError, first_line, rewording
 from .io.folder import CONFIG, MAX_CONFIG, WEIGHTS, check_config
 
 __all__ = ['PICKLE', 'fetch', 'hub_errors', 'local_name']
@@ -128,8 +128,6 @@ def local_name(name: str, weights: bool = True) -> str:
     Raises:
         UserError: See `fetch`.
     """
-    try:
+    with rewording(f'{name} cannot be built', ValueError):
         source, model_id = parse_model_name(name)
-    except ValueError as e:
-        raise UserError(f'{name} cannot be built: {first_line(e)}.') from e
     return f'local-dir:{fetch(model_id, weights=weights)}' if source == 'hf-hub' else name

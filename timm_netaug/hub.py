@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_downloa
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import save_file
 
-from .card import model_card
+from .card import METRICS, model_card
 from .errors import UserError
 from .evaluate import evaluate_model
 from .fetch import PICKLE, fetch, hub_errors
@@ -63,6 +63,7 @@ def _measure(loaded: LoadedModel, data_dir: str, facts: Dict[str, Any]) -> None:
     """
     flags = facts.setdefault('evaluated_with', ['--split', 'validation'])
     fields = dict(zip((flag[2:].replace('-', '_') for flag in flags[::2]), flags[1::2]))
+    target = fields.pop('target_format', 'indices') if fields.pop('task', '') == 'multilabel' else 'class'
     unknown = set(fields) - {'split', 'dataset', 'input_img_mode', 'input_key', 'target_key'}
     if unknown or len(flags) % 2:
         raise UserError(f'The config says that the model was evaluated with {" ".join(flags)}, which names no split'
@@ -75,6 +76,7 @@ def _measure(loaded: LoadedModel, data_dir: str, facts: Dict[str, Any]) -> None:
         loaded.data_config,
         loaded.model.num_classes,
         loaded.class_names,
+        target=target,
         retry=True,
         device='cuda' if torch.cuda.is_available() else 'cpu',
         num_workers=min(os.cpu_count() or 1, 4),
@@ -83,7 +85,7 @@ def _measure(loaded: LoadedModel, data_dir: str, facts: Dict[str, Any]) -> None:
         if abs(metrics[metric] - recorded) > TOLERANCE:
             raise UserError(f'The {metric} on {data_dir} is {metrics[metric]:.2f}, the checkpoint has {recorded:.2f} on'
                             f' record: name the data set that it was validated on. Nothing is pushed.')
-    facts.update(metrics={k: round(metrics[k], 4) for k in ('top1', 'top5')}, images=metrics['images'])
+    facts.update(metrics={k: round(metrics[k], 4) for k in METRICS if k in metrics}, images=metrics['images'])
 
 
 def check_target(repo_id: str, revision: Optional[str], private: bool, architecture: str) -> Optional[str]:

@@ -5,7 +5,7 @@ import torch
 from timm.data import RealLabelsImagenet
 from timm.task import ClassificationEvaluator
 
-from .errors import UserError, first_line
+from .errors import UserError, rewording
 
 __all__ = ['LabelEvaluator', 'read_valid_labels', 'read_real_labels']
 
@@ -16,11 +16,9 @@ def read_valid_labels(path: str, num_classes: int) -> List[int]:
     Raises:
         UserError: There is no such file, or it has other lines than indices of classes.
     """
-    try:
+    with rewording('--valid-labels takes a text file of class indices, one on a line', OSError, ValueError):
         with open(path, encoding='utf-8') as f:
             labels = [int(line) for line in f if line.strip()]
-    except (OSError, ValueError) as e:
-        raise UserError(f'--valid-labels takes a text file of class indices, one on a line: {first_line(e)}.') from e
     if not labels or len(set(labels)) < len(labels) or min(labels) < 0 or max(labels) >= num_classes:
         raise UserError(f'--valid-labels {path}: the indices must be different ones from 0 to {num_classes - 1}.')
     return labels
@@ -36,11 +34,10 @@ def read_real_labels(path: str, dataset: Any, num_classes: int) -> RealLabelsIma
         raise UserError('--real-labels: top-5 needs a model of at least five classes.')
     try:
         names = dataset.filenames(basename=True)
-        labels = RealLabelsImagenet(names, real_json=path)
+        with rewording('--real-labels takes the JSON file of the ReaL labels', OSError, ValueError, TypeError):
+            labels = RealLabelsImagenet(names, real_json=path)
     except AssertionError as e:
         raise UserError(f'--real-labels {path} is not of the {len(names)} images of the data set.') from e
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f'--real-labels takes the JSON file of the ReaL labels: {first_line(e)}.') from e
     except (AttributeError, NotImplementedError) as e:
         raise UserError('--real-labels needs a data set of image files.') from e
     for name in names:

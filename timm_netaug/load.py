@@ -9,10 +9,10 @@ from timm import create_model
 from timm.data import resolve_input_data_config
 from timm.models import clean_state_dict, is_model, resolve_model_input_args
 
-from .errors import UserError, check_model_name, first_line
+from .errors import UserError, check_model_name, rewording
 from .fetch import local_name
 from .io.checkpoint import check_finite, count_classes, load_weights, read_checkpoint, read_weights
-from .io.folder import image_mode, load_folder
+from .io.folder import load_folder, sample_fields
 from .io.run import RunDescription
 
 __all__ = ['LoadedModel', 'load_model', 'read_run']
@@ -29,6 +29,7 @@ class LoadedModel:
         run: The run of `train.py` that the weights are of, None for other weights.
         folder: The exported folder that it was read from, None for other sources.
         input_img_mode: Pillow's mode that images are converted to, None for that of the model's channels.
+        target: What the target of an image is: see `io.data.open_dataset`.
     """
     model: nn.Module
     name: str
@@ -37,18 +38,17 @@ class LoadedModel:
     run: Optional[RunDescription] = None
     folder: Optional[Path] = None
     input_img_mode: Optional[str] = None
+    target: str = 'class'
 
     def describe(self) -> RunDescription:
         """Return the description of the run, or for other weights that of the model alone."""
         return self.run or RunDescription.from_model(
-            self.model, self.data_config, self.class_names, input_img_mode=self.input_img_mode)
+            self.model, self.data_config, self.class_names, input_img_mode=self.input_img_mode, target=self.target)
 
 
 def _data_config(model: nn.Module, name: str, flags: Mapping[str, Any], **kwargs: Any) -> Dict[str, Any]:
-    try:
+    with rewording(f'{name} does not take such an input', ValueError, AssertionError):
         return resolve_input_data_config(model, args=flags, **kwargs)
-    except (ValueError, AssertionError) as e:
-        raise UserError(f'{name} does not take such an input: {first_line(e)}.') from e
 
 
 def _create(
@@ -56,14 +56,14 @@ def _create(
         pretrained: bool,
         flags: Mapping[str, Any],
         model_args: Mapping[str, Any],
-) -> Tuple[nn.Module, Optional[str]]:
-    """Build a model of a name; returns it with the mode of its images, where its config says one."""
+) -> Tuple[nn.Module, Dict[str, str]]:
+    """Build a model of a name; returns it with what its config says of samples."""
     check_model_name(name)
     source = local_name(name, weights=pretrained)
     try:
         model = create_model(pretrained=pretrained, **resolve_model_input_args(source, flags, **model_args)).eval()
         prefix, _, folder = source.partition(':')
-        return model, image_mode(folder) if prefix == 'local-dir' else None
+        return model, sample_fields(folder) if prefix == 'local-dir' else {}
     except Exception as e:  # whatever a constructor, a folder or the Hub find wrong
         told = ' '.join(str(e).split())[:300].rstrip('.')
         raise UserError(f'{name} cannot be {"loaded" if pretrained else "built"}: {told}.') from e
@@ -86,17 +86,15 @@ def _load_run(path: str, use_ema: Optional[bool], flags: Mapping[str, Any]) -> L
     key = 'state_dict_ema' if use_ema else 'state_dict'
     if key not in checkpoint:
         raise UserError(f'{path} has no {key}: it was trained without --model-ema.')
-    try:
+    with rewording(f'{path}: its model cannot be built with this version of timm', RuntimeError, TypeError, ValueError):
         model = create_model(run.architecture, **run.model_args).eval()
-    except (RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f'{path}: its model cannot be built with this version of timm: {first_line(e)}.') from e
     load_weights(model, clean_state_dict(checkpoint[key]), path)
     config = run.data_config
     given = {k: v for k, v in flags.items() if v not in (None, '', {})}
     if given:
         own = {k: v for k, v in config.items() if k != 'input_size' or not {'img_size', 'input_size'} & set(given)}
         config = _data_config(model, run.architecture, {**own, 'in_chans': config['input_size'][0], **given})
-    return LoadedModel(model, run.architecture, config, run.class_names, run, None, run.input_img_mode)
+    return LoadedModel(model, run.architecture, config, run.class_names, run, None, run.input_img_mode, run.target)
 
 
 def _load_weights(
@@ -149,11 +147,11 @@ def load_model(
     Raises:
         UserError: There is no such model, or its weights are broken or of another one.
     """
-    flags, name, folder, mode = flags or {}, source, None, None
+    flags, name, folder, samples = flags or {}, source, None, {}
     if os.path.isdir(source) and not is_model(source):
         if model_name or use_ema:
             raise UserError(f'{source} is an exported folder, which has one model: leave --model and --use-ema out.')
-        model, folder, mode = load_folder(source, source), Path(source), image_mode(source)
+        model, folder, samples = load_folder(source, source), Path(source), sample_fields(source)
     elif model_name or _is_path(source):
         run = read_run(source)
         if run is not None and model_name not in (None, '', run.architecture):
@@ -162,7 +160,7 @@ def load_model(
             return _load_run(source, use_ema, flags)
         model, name = _load_weights(source, model_name, bool(use_ema), bool(pretrained), flags, model_args), model_name
     else:
-        model, mode = _create(source, pretrained is not False, flags, model_args)
+        model, samples = _create(source, pretrained is not False, flags, model_args)
         check_finite(model.state_dict(), source)
     config = _data_config(model, name, flags, use_test_size=use_test_size)
-    return LoadedModel(model, name, config, (model.pretrained_cfg or {}).get('label_names'), None, folder, mode)
+    return LoadedModel(model, name, config, (model.pretrained_cfg or {}).get('label_names'), None, folder, **samples)

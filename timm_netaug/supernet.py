@@ -32,6 +32,9 @@ _WRAPPERS = (nn.DataParallel, DistributedDataParallel, torch.jit.ScriptModule, O
 class SuperNet(Mixed):
     """What a super-network has beyond the module that it is. Outside `sampled` it computes the tiny network.
 
+    The active widths are a state of the module, so it is not safe for several threads: a thread that computes other
+    widths at the same time needs a copy of its own.
+
     Attributes:
         netaug_config: The resolved `NetAugConfig`.
         layout: The channels that can be augmented (see `graph.Layout`).
@@ -108,6 +111,24 @@ class SuperNet(Mixed):
         """
         with self.netaug_trunk.opened(cut):
             yield self.netaug_trunk
+
+    def train(self, mode: bool = True) -> 'SuperNet':
+        """Set the training mode.
+
+        Raises:
+            ValueError: An elastic layer has been replaced since `augment`, by `timm.utils.freeze` for example.
+        """
+        self._check_layers()
+        return super().train(mode)
+
+    def _check_layers(self) -> None:
+        for name in self.layout.layers:
+            layer = self.get_submodule(name)
+            if not isinstance(layer, Elastic):
+                raise ValueError(f"The layer '{name}' of the super-network has been replaced by a"
+                                 f' {type(layer).__name__}, which is not elastic: replace layers of the stock model, and'
+                                 f' augment that. timm.utils.freeze() keeps the layers with'
+                                 f' include_bn_running_stats=False.')
 
     def check_widths(self, widths: Mapping[str, int]) -> Dict[str, int]:
         """Return widths as a dict in forward order.
@@ -220,9 +241,9 @@ class SuperNet(Mixed):
                 module.synchronised = True
 
 
+_REPLACED = ('init_weights', 'reset_classifier', 'set_grad_checkpointing', 'train')  # methods of stock modules
 _NAMES = ('mixin', 'stock', *SuperNet.__annotations__, *(
-    name for name in vars(SuperNet) if not name.startswith('_')
-    and name not in ('init_weights', 'reset_classifier', 'set_grad_checkpointing')))  # which replace those of timm
+    name for name in vars(SuperNet) if not name.startswith('_') and name not in _REPLACED))
 
 
 def _fill(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -427,6 +448,7 @@ def export(module: nn.Module, widths: Optional[Mapping[str, int]] = None) -> nn.
         raise ValueError(f'Only a super-network can be exported. {e}') from None
     if name:
         return copy.deepcopy(module, {id(supernet): export(supernet, widths)})
+    supernet._check_layers()
     layout = supernet.layout
     widths = layout.tiny if widths is None else supernet.check_widths(widths)
     tensors = {

@@ -7,7 +7,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.task import ClassificationTask, DistillationTeacher
+from timm.task import (
+    ClassificationEvaluator,
+    ClassificationTask,
+    DistillationTeacher,
+    MultiLabelClassificationEvaluator,
+)
 from timm.utils import unwrap_model
 from torch.utils._pytree import tree_map
 
@@ -97,6 +102,8 @@ class NetAugTask(ClassificationTask):
             `early_backward.can_take_gradient` lists. Optimizers of second order need False. The sums are the same to
             the last bit unless `loss` is scaled before `backward` by something else than a power of two, which rounds
             once more.
+        multi_label: Targets are one number for each class (B, classes), as for timm's MultiLabelClassificationTask; it
+            chooses the criterion and the evaluator.
         device: Device for task tensors/buffers
         dtype: Dtype for task tensors/buffers
         verbose: Enable info logging
@@ -118,12 +125,14 @@ class NetAugTask(ClassificationTask):
             distill_criterion: Optional[Callable] = None,
             seed: int = 42,
             early_backward: bool = False,
+            multi_label: bool = False,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
             **training: Any,
     ):
         find_supernet(unwrap_model(model))
+        self.multi_label = multi_label
         self.training_config = NetAugTraining.from_dict(training)
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         if distill_loss_weight is None:
@@ -167,6 +176,11 @@ class NetAugTask(ClassificationTask):
         if self.teacher is not None:
             self.teacher.eval()
         return self
+
+    def create_evaluator(self, **kwargs: Any) -> ClassificationEvaluator:
+        """Return timm's evaluator of the metrics for the task's kind of targets."""
+        evaluator = MultiLabelClassificationEvaluator if self.multi_label else ClassificationEvaluator
+        return evaluator(device=self.device, **kwargs)
 
     def start_epoch(self, epoch: int, num_epochs: int, optimizer: Optional[torch.optim.Optimizer] = None) -> None:
         """Set the phase of the schedule, and sort the channels where it asks for it (section 3.3 of the paper).

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from timm import create_model
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from timm.loss import load_class_stats, resolve_class_weights
 from timm.models import resolve_model_input_args
 from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
@@ -15,18 +16,19 @@ from timm.task import (
     DistillationTeacher,
     FeatureDistillationTask,
     LogitDistillationTask,
+    MultiLabelClassificationTask,
     TokenDistillationTask,
     TrainingTask,
 )
 
 import timm_netaug
 
-from ..errors import UserError, check_model_name, first_line
+from ..errors import UserError, check_model_name, rewording
 from ..fetch import local_name
 from ..io.checkpoint import count_classes, read_weights
 from ..load import load_model
 from ..reference import checkpoint_filter_fn
-from .args import netaug_config
+from .train_flags import netaug_config
 from .device import uses_channels_last
 
 __all__ = ['set_up_model', 'set_up_task', 'set_up_teacher', 'prepare_for_training']
@@ -60,11 +62,11 @@ def set_up_model(args) -> nn.Module:
             raise UserError(f'--{flag.replace("_", "-")}: there is no file {getattr(args, flag)}.')
     if args.initial_checkpoint and not args.initial_checkpoint.lower().endswith(('.npz', '.npy')):
         read_weights(args.initial_checkpoint)  # what is wrong with the file is told in a sentence
-    pretrained, overlay = args.pretrained, {}
+    pretrained, overlay = args.pretrained, dict(args.pretrained_cfg_overlay)
     if args.pretrained_path:
         pretrained = True
         classes = count_classes(read_weights(args.pretrained_path), args.model)
-        overlay = dict(file=args.pretrained_path, num_classes=-1 if classes is None else classes)
+        overlay.update(file=args.pretrained_path, num_classes=-1 if classes is None else classes)
         if classes is not None and args.num_classes not in (None, classes):
             _logger.info(f'The weights are for {classes} classes, not {args.num_classes}: the classifier is a new one.')
     source = local_name(args.model, weights=args.pretrained and not args.pretrained_path)
@@ -95,7 +97,7 @@ def set_up_model(args) -> nn.Module:
         raise UserError(f'{args.model} does not take one of the arguments given: {e}.') from e
     except (FileNotFoundError, RuntimeError, ValueError, AssertionError) as e:
         hint = ' (--pretrained-path takes weights with another classifier, or of the reference implementation.)'
-        raise UserError(f'{args.model} cannot be built: {" ".join(str(e).split())[:300]}'
+        raise UserError(f'{args.model} cannot be built: {" ".join(str(e).split())[:300] or type(e).__name__}'
                         + (hint if args.initial_checkpoint else '')) from e
     if args.pretrained_path:
         _check_given(args, model)
@@ -137,8 +139,8 @@ def prepare_for_training(args, model: nn.Module, config: Optional[Tuple[Any, Any
                 model = timm_netaug.augment(model, config[0])
         except ValueError as e:
             flag = '--netaug-init' if args.netaug_init else '--netaug'
-            listed = '' if str(e).startswith('from_stage') else ' The models that it takes are listed in docs/models.md.'
-            raise UserError(f'{flag}: {e}{listed}') from e
+            hint = '' if str(e).startswith('from_stage') else ' docs/models.md lists the models that NetAug takes.'
+            raise UserError(f'{flag}: {e}{hint}') from e
         if args.netaug and not (args.pretrained or args.pretrained_path or args.initial_checkpoint):
             model.init_weights(config[1].sort)
     _set_up_head(args, model)
@@ -156,10 +158,8 @@ def prepare_for_training(args, model: nn.Module, config: Optional[Tuple[Any, Any
         else:
             model = convert_sync_batchnorm(model)
     if args.torchscript:
-        try:
+        with rewording(f'--torchscript: {args.model} cannot be scripted'):
             model = torch.jit.script(model)
-        except Exception as e:  # of its compiler, of many types
-            raise UserError(f'--torchscript: {args.model} cannot be scripted: {first_line(e)[:200]}.') from e
     return model
 
 
@@ -199,12 +199,9 @@ def set_up_teacher(
         raise UserError(f'--kd-model-name: {name} has other classes than the data set ({told}).')
     model = model.to(device=device, dtype=dtype)
     for size in [data_config['input_size'], *((channels, n, n) for n in args.train_img_sizes or ())]:
-        try:
-            with torch.inference_mode():
-                model(torch.zeros(1, *size, device=device, dtype=dtype))
-        except (RuntimeError, AssertionError, ValueError) as e:
-            told = ' x '.join(map(str, size))
-            raise UserError(f'--kd-model-name: {name} does not take images of {told}: {first_line(e)[:200]}.') from e
+        told = ' x '.join(map(str, size))
+        with rewording(f'--kd-model-name: {name} does not take images of {told}'), torch.inference_mode():
+            model(torch.zeros(1, *size, device=device, dtype=dtype))
     return DistillationTeacher(model, device=device, dtype=dtype)
 
 
@@ -223,6 +220,39 @@ def _check_features(task: FeatureDistillationTask, input: torch.Tensor) -> None:
                         f' --kd-student-feature-dim out.')
 
 
+def _criterion_kwargs(args) -> Dict[str, Any]:
+    """Return the arguments of timm's create_classification_loss().
+
+    Raises:
+        UserError: A file of weights or of class statistics cannot be read, or is of other classes.
+    """
+    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    kwargs: Dict[str, Any] = dict(
+        loss_type=args.loss,
+        smoothing=args.smoothing,
+        soft_targets=mixed and args.loss != 'jsd',
+        jsd_splits=args.aug_splits,
+        bce_target_thresh=args.bce_target_thresh,
+        bce_sum=args.bce_sum,
+        poly_epsilon=args.poly_epsilon,
+        poly_gamma=args.poly_gamma,
+    )
+    with rewording('The weights of the loss cannot be set up', ValueError, OSError):
+        stats = load_class_stats(args.class_stats)
+        for kind, value in (('pos_weight', args.loss_pos_weight), ('class_weight', args.loss_class_weight)):
+            kwargs[kind] = resolve_class_weights(value, kind, stats, power=args.loss_weight_power)
+    if args.bce_pos_weight is not None:
+        kwargs['pos_weight'] = args.bce_pos_weight
+    if args.loss == 'db':
+        kwargs.update(class_counts=stats[0], num_samples=stats[1])
+    for kind in ('pos_weight', 'class_weight', 'class_counts'):
+        count = len(kwargs[kind]) if torch.is_tensor(kwargs.get(kind)) else args.num_classes
+        if count != args.num_classes:
+            raise UserError(f'The weights of the loss ({kind}) are {count} numbers, the model has {args.num_classes}'
+                            f' classes.')
+    return kwargs
+
+
 def set_up_task(
         args,
         model: nn.Module,
@@ -236,29 +266,18 @@ def set_up_task(
     Raises:
         UserError: The model is not one for this kind of distillation.
     """
-    mixup = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    kwargs: Dict[str, Any] = dict(
-        criterion_kwargs=dict(
-            loss_type='jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce',
-            smoothing=args.smoothing,
-            soft_targets=mixup and not args.jsd_loss,
-            jsd_splits=args.aug_splits,
-            bce_target_thresh=args.bce_target_thresh,
-            bce_sum=args.bce_sum,
-            pos_weight=args.bce_pos_weight,
-        ),
-        device=device,
-        dtype=dtype,
-    )
+    multi_label = args.task == 'multilabel'
+    kwargs: Dict[str, Any] = dict(criterion_kwargs=_criterion_kwargs(args), device=device, dtype=dtype)
     weights = dict(task_loss_weight=args.task_loss_weight, distill_loss_weight=args.distill_loss_weight)
     soft = dict(temperature=args.kd_temperature, **weights)
     if args.netaug:
         training = netaug_config(args)[1].to_dict()
-        task = timm_netaug.NetAugTask(model, teacher=teacher, seed=args.seed, **training, **soft, **kwargs)
+        task = timm_netaug.NetAugTask(
+            model, teacher=teacher, seed=args.seed, multi_label=multi_label, **training, **soft, **kwargs)
     elif teacher is None:
-        return ClassificationTask(model, **kwargs)
+        return (MultiLabelClassificationTask if multi_label else ClassificationTask)(model, **kwargs)
     else:
-        try:
+        with rewording(f'--kd-distill-type {args.kd_distill_type}', ValueError, AttributeError):
             if args.kd_distill_type == 'feature':
                 task = FeatureDistillationTask(
                     model, teacher, student_feature_dim=args.kd_student_feature_dim,
@@ -268,10 +287,6 @@ def set_up_task(
                 task = TokenDistillationTask(model, teacher, distill_type=args.kd_token_distill_type, **soft, **kwargs)
             else:
                 task = LogitDistillationTask(model, teacher, loss_type=args.kd_loss_type, **soft, **kwargs)
-        except UserError:
-            raise
-        except (ValueError, AttributeError) as e:
-            raise UserError(f'--kd-distill-type {args.kd_distill_type}: {first_line(e)}.') from e
     if teacher is not None:  # timm takes them from the registered model; these are what the images really have
         for name in ('mean', 'std'):
             value = torch.tensor(data_config[name], device=device, dtype=dtype).view(1, -1, 1, 1)

@@ -1,37 +1,38 @@
 """`curves.png`: losses and accuracies of a run, from its `summary.csv`."""
 import csv
 import math
+import os
 from typing import Dict, List, Optional, Tuple
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import UserError
 from ..io.atomic import atomic_write
+from .style import AUGMENTED, BLACK, GREY, PURPLE, SKY_BLUE, TINY, Label, add_labels, new_figure, style
 
 __all__ = ['write_curves']
 
-# Column -> what it is called, its colour (Okabe and Ito's, told apart by colour-blind readers too), line and marker.
+# Column -> what it is called, its colour, line (dashed in training, solid in validation) and marker.
 _LOSSES = {
-    'train_loss': ('training', '#0072B2', '-', 'o'),
-    'train_tiny_loss': ('training, tiny network', '#56B4E9', '--', '^'),
-    'train_aug_loss': ('training, augmented network', '#CC79A7', ':', 'v'),
-    'train_distill_loss': ('training, tiny network against augmented', '#E69F00', ':', 'x'),
-    'eval_loss': ('validation', '#D55E00', '-', 's'),
+    'train_loss': ('training', TINY, '--', 'o'),
+    'train_tiny_loss': ('training, tiny network', TINY, '--', '^'),
+    'train_aug_loss': ('training, augmented network', AUGMENTED, '--', 'v'),
+    'train_distill_loss': ('training, tiny network against augmented', PURPLE, '--', 'x'),
+    'eval_loss': ('validation', TINY, '-', 's'),
 }
 _ACCURACIES = {
-    'train_top1': ('training', '#0072B2', '-', 'o'),
-    'eval_top1': ('validation', '#D55E00', '-', 's'),
-    'eval_top5': ('validation, top-5', '#009E73', '--', 'D'),
-    'eval_AP50': ('validation, AP50', '#D55E00', '-', 's'),
-    'eval_AP': ('validation, AP', '#009E73', '--', 'D'),
+    'train_top1': ('training', TINY, '--', 'o'),
+    'eval_top1': ('validation', TINY, '-', 's'),
+    'eval_top5': ('validation, top-5', SKY_BLUE, '-', 'D'),
+    'eval_AP50': ('validation, AP50', TINY, '-', 's'),
+    'eval_AP': ('validation, AP', SKY_BLUE, '-', 'D'),
 }
 
-Points = List[Tuple[float, float]]
+Point = Tuple[float, float]  # epoch, value
 
 
-def _read(summary: str) -> Dict[str, Points]:
+def _read(summary: str) -> Dict[str, List[Point]]:
     """Return (epoch, value) by column, without the empty cells of epochs that were not validated."""
     columns = {}
     with open(summary, newline='', encoding='utf-8') as f:
@@ -46,7 +47,13 @@ def _read(summary: str) -> Dict[str, Points]:
     return columns
 
 
-def write_curves(summary: str, out: str, metric: str = 'eval_top1', decreasing: bool = False) -> None:
+def write_curves(
+        summary: str,
+        out: str,
+        metric: str = 'eval_top1',
+        decreasing: bool = False,
+        title: Optional[str] = None,
+) -> None:
     """Plot the losses and accuracies of a run, with the best epoch marked. An existing picture is replaced at once.
 
     Args:
@@ -54,6 +61,7 @@ def write_curves(summary: str, out: str, metric: str = 'eval_top1', decreasing: 
         out: Path of the PNG file.
         metric: Column that the best epoch is chosen by, the first one where several are equal.
         decreasing: Whether the lowest value of `metric` is the best.
+        title: Title of the picture, None for the name of the run's folder.
 
     Raises:
         UserError: There are no epochs in the summary.
@@ -63,38 +71,62 @@ def write_curves(summary: str, out: str, metric: str = 'eval_top1', decreasing: 
         raise UserError(f'{summary} holds no epochs to plot: train for one first.')
     shown = ('train_top1', 'eval_top1', 'eval_AP50', 'eval_AP', metric)
     accuracies = {k: v for k, v in _ACCURACIES.items() if k in shown}
-    points, is_detection = columns.get(metric, []), 'eval_AP50' in columns
-    best: Optional[Tuple[float, float]] = None
-    if points:
-        best = (min if decreasing else max)(points, key=lambda point: point[1])
+    losses = dict(_LOSSES)
+    if 'train_aug_loss' in columns:
+        losses['train_loss'] = ('training, weighted sum', GREY, '--', 'o')
+    best: Optional[Point] = None
+    if columns.get(metric):
+        best = (min if decreasing else max)(columns[metric], key=lambda point: point[1])
 
-    figure = Figure(figsize=(11, 4.2), layout='constrained')
-    FigureCanvasAgg(figure)  # no pyplot: it would choose a backend for the whole process
-    for axes, series, title, unit in zip(
-            figure.subplots(1, 2),
-            (_LOSSES, accuracies),
-            ('Loss', 'Average precision' if is_detection else
-             'Top-1 accuracy' if 'eval_top5' not in accuracies else 'Accuracy'),
-            ('loss', 'average precision (%)') if is_detection else ('loss (nats)', 'correct images (%)'),
-    ):
-        for column, (label, color, line, marker) in series.items():
-            if column not in columns:
-                continue
-            if column == 'train_loss' and 'train_aug_loss' in columns:
-                label = 'training, weighted sum'
-            epochs, values = zip(*columns[column])
-            # Markers show where a value stands alone; in long runs they would hide the line.
-            axes.plot(epochs, values, line, color=color, marker=marker if len(values) <= 30 else '', markersize=4,
-                      label=label)
-            if best is not None and column == metric:
-                axes.plot(*best, '*', color='black', markersize=13, zorder=3,
-                          label=f'best: {best[1]:.4g}{"" if series is _LOSSES else " %"} in epoch {best[0]:.0f}')
-        if best is not None:
-            axes.axvline(best[0], color='black', linewidth=0.8, linestyle=':', zorder=0)
-        axes.set(title=title, xlabel='epoch', ylabel=unit)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize='small')
-    with atomic_write(out, 'wb') as f:
-        figure.savefig(f, format='png', dpi=120)
+    with style():
+        figure = new_figure(13, 4.8)
+        figure.suptitle(title or os.path.basename(os.path.dirname(os.path.abspath(summary))), x=0.01, ha='left')
+        left, right = figure.subplots(1, 2)
+        labels = {
+            left: _draw(left, columns, losses, metric, best, '{:.4g}'),
+            right: _draw(right, columns, accuracies, metric, best, '{:.4g} %'),
+        }
+        if 'eval_AP50' in columns:
+            left.set(title='Loss', ylabel='loss')
+            right.set(title='Average precision', ylabel='average precision (%)')
+        else:
+            left.set(title='Loss', ylabel='loss (nats)')
+            accuracy = 'Accuracy' if 'eval_top5' in accuracies else 'Top-1 accuracy'
+            right.set(title=accuracy, ylabel='correct images (%)')
+        for axes, these in labels.items():
+            add_labels(axes, these)
+        with atomic_write(out, 'wb') as f:
+            figure.savefig(f, format='png', dpi=120)
+
+
+def _draw(
+        axes: Axes,
+        columns: Dict[str, List[Point]],
+        series: Dict[str, Tuple[str, str, str, str]],
+        metric: str,
+        best: Optional[Point],
+        value: str,
+) -> List[Label]:
+    """Draw the columns of a panel, and a dotted line through the best epoch; returns the labels of both."""
+    labels = []
+    for column in (c for c in series if c in columns):
+        label, colour, line, marker = series[column]
+        epochs, values = zip(*columns[column])
+        # Markers show where a value stands alone; in long runs they would hide the line.
+        axes.plot(epochs, values, line, color=colour, marker=marker if len(values) <= 30 else '', markersize=4,
+                  label=label)
+        labels.append(Label(epochs[-1], values[-1], label, colour))
+    if not labels:
+        axes.text(0.5, 0.5, 'no values yet', transform=axes.transAxes, ha='center', color=GREY)
+    elif best is not None:
+        low, high = axes.get_ylim()
+        axes.axvline(best[0], color=BLACK, linewidth=1, linestyle=':', zorder=0)
+        if metric in series:
+            text = f'best: {value.format(best[1])} in epoch {best[0]:.0f}'
+            axes.plot(*best, '*', color=BLACK, markersize=13, zorder=3, label=text)
+            labels.append(Label(*best, text, BLACK))
+        else:
+            labels.append(Label(best[0], high - 0.03 * (high - low), 'best epoch', BLACK))
+    axes.set_xlabel('epoch', loc='left')
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return labels

@@ -1,8 +1,6 @@
 """The device and the precision that `train.py` and `validate.py` compute with."""
-import ctypes
 import logging
 import os
-import sys
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Callable, Iterator
@@ -13,9 +11,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from ..errors import UserError
 
-__all__ = ['choose_device', 'join_processes', 'keep_memory', 'mixed_precision', 'restarts', 'uses_channels_last']
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+__all__ = ['choose_device', 'join_processes', 'mixed_precision', 'restarts', 'uses_channels_last']
 
 
 def choose_device(args: Any, logger: logging.Logger) -> None:
@@ -34,40 +30,27 @@ def choose_device(args: Any, logger: logging.Logger) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def keep_memory() -> None:
-    """Let the C library keep freed memory for the next tensors of this process (on Linux with glibc, else nothing).
-
-    By itself it hands tensors of 32 MiB and more back at once, and the system clears their pages anew for each
-    (docs/performance.md has what that costs).
-    """
-    if sys.platform != 'linux':
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, -1)
-
-
 def restarts() -> int:
     """Return how often torchrun has started the processes anew."""
     return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
 
 
-def _meet_again(url: str, **kwargs: Any) -> Iterator[Any]:
-    """Meet as ever, with names of this attempt: torchrun's store has the addresses of processes that are gone."""
+def _rendezvous_of_this_attempt(url: str, **kwargs: Any) -> Iterator[Any]:
+    """Let the processes find each other under a prefix of this attempt.
+
+    The store of torchrun still has the addresses of the processes of the attempt before.
+    """
     store, *numbers = next(rendezvous('env://', **kwargs))
     yield (torch.distributed.PrefixStore(f'attempt-{restarts()}', store), *numbers)
 
 
-register_rendezvous_handler('again', _meet_again)
+register_rendezvous_handler('attempt', _rendezvous_of_this_attempt)
 
 
 def join_processes(args: Any) -> torch.device:
     """Join the other processes, where there are any, and return this one's device."""
     if restarts():
-        args.dist_url = 'again://'
+        args.dist_url = 'attempt://'
     return init_distributed_device(args)
 
 

@@ -8,10 +8,9 @@ from typing import Any, Dict
 import torch.nn as nn
 from timm.layers import apply_test_time_pool
 
-from ..errors import UserError, first_line
+from ..errors import UserError, rewording
 from ..io.run import RunDescription
 from ..load import LoadedModel, load_model, read_run
-from .args import validate_parser
 
 __all__ = ['load_evaluated_model', 'pool_as_in_training']
 
@@ -34,13 +33,15 @@ def load_evaluated_model(args: argparse.Namespace, parser: argparse.ArgumentPars
     Raises:
         UserError: There is none, or its weights are broken or of another model.
     """
+    if not args.model and not args.checkpoint:
+        raise UserError('No model given: name it with --model (and --pretrained), or its file with --checkpoint.')
     run = read_run(args.checkpoint) if args.checkpoint else None
     if run is not None:
         _check_flags(args, parser, run)
     elif args.checkpoint and not os.path.isfile(args.checkpoint):
         raise UserError(f'There is no checkpoint {args.checkpoint}.')
     loaded = load_model(
-        args.checkpoint or args.model or validate_parser().get_default('model'),
+        args.checkpoint or args.model,
         args.model if args.checkpoint else None,
         args.use_ema,
         args.pretrained or not args.checkpoint,
@@ -68,10 +69,8 @@ def pool_as_in_training(model: nn.Module, data_config: Dict[str, Any]) -> nn.Mod
     Raises:
         UserError: The model is not made of features, one pooling and one classifier.
     """
-    try:
+    with rewording(f'--test-pool does not work with a {type(model).__name__}'):
         pooled, applied = apply_test_time_pool(model, data_config)
-    except (AttributeError, KeyError, RuntimeError, TypeError) as e:
-        raise UserError(f'--test-pool does not work with a {type(model).__name__}: {first_line(e)}.') from e
     if applied:
         data_config['crop_pct'] = 1.0
     else:

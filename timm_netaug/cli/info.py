@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional, Sequence
 from ..config import NetAugConfig, split_fields
 from ..detection.detector import Detector
 from ..detection.folder import load_trained
-from ..errors import UserError, exit_on_user_error
+from ..errors import UserError, exit_on_user_error, rewording
 from ..info import describe, stages
 from ..load import LoadedModel, load_model
 
@@ -85,10 +85,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             raise UserError('--num-classes: a checkpoint has its own number of classes. Leave the flag out.')
         config = split_fields((loaded.run and loaded.run.netaug) or {})[0].to_dict()
         fields = {k: getattr(args, f'netaug_{k}') for k in ('width_mults', 'expand_mults', 'divisor')}
-        try:
+        with rewording('--netaug-*', ValueError, whole=True):
             config = NetAugConfig.from_dict({**config, **{k: v for k, v in fields.items() if v is not None}})
-        except ValueError as e:
-            raise UserError(f'--netaug-*: {e}') from e
         info = describe(loaded.model, loaded.data_config['input_size'], config, args.samples)
         if info['netaug']:
             info['netaug']['stages'] = stages(loaded.model, info['layers'], config, min(args.samples, 50))

@@ -1,56 +1,88 @@
 """The loaders of training and validation, made by timm from the flags of `train.py`."""
 import logging
-from typing import Any, Dict, Tuple
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader, create_transform
+from timm.utils import is_primary
 from torch.utils.data import IterableDataset
 
-from ..errors import UserError, first_line
-from ..io.data import check_channels, check_split, class_names, open_dataset
-from .args import data_source
+from ..errors import UserError, rewording
+from ..io.data import check_channels, check_split, class_names, encode_targets, open_dataset
+from .common_flags import data_source, target_of
+from .flags import flag_name
 
-__all__ = ['set_up_loaders']
+__all__ = ['Splits', 'open_splits', 'set_up_loaders']
 
 _logger = logging.getLogger('train')
 
 
-def set_up_loaders(args, data_config: Dict[str, Any], device: torch.device, dtype) -> Tuple[Any, Any, Any, Any]:
-    """Build both loaders; returns them with the mixup function (or None) and the names of the classes (or None)."""
-    source, channels = data_source(args), data_config['input_size'][0]
-    common = dict(batch_size=args.batch_size, seed=args.seed)
-    dataset_train = open_dataset(
+@dataclass
+class Splits:
+    """The data sets of training and validation, and the names of their classes (None where they have none)."""
+    train: Any
+    validation: Any
+    class_names: Optional[List[str]]
+
+
+def open_splits(args, channels: int) -> Splits:
+    """Open both splits, and set the number of classes where no flag does.
+
+    Args:
+        channels: Of the model's input.
+
+    Raises:
+        UserError: A split cannot be opened, or its classes are not those of the other one or of `--num-classes`.
+    """
+    source = data_source(args)
+    common = dict(batch_size=args.batch_size, seed=args.seed, target=target_of(args))
+    train = open_dataset(
         source, args.train_split, channels, is_training=True, repeats=args.epoch_repeats,
         num_samples=args.train_num_samples, **common)
-    dataset_eval = open_dataset(
+    validation = open_dataset(
         source, args.val_split, channels, is_training=False, num_samples=args.val_num_samples, **common)
     for dest in ('epoch_repeats', 'train_num_samples', 'val_num_samples'):
-        if getattr(args, dest) and not isinstance(dataset_train, IterableDataset):
-            raise UserError(f'--{dest.replace("_", "-")} is for iterable data sets alone (tfds, wds, hfids): leave it'
-                            f' out.')
-    check_split(dataset_train, args.data_dir, args.train_split)
-    check_split(dataset_eval, args.data_dir, args.val_split)
-    names, eval_names = class_names(dataset_train), class_names(dataset_eval)
-    if names and eval_names and names != eval_names:
-        odd = sorted(set(names) ^ set(eval_names))
+        if getattr(args, dest) and not isinstance(train, IterableDataset):
+            raise UserError(f'{flag_name(dest)} is for iterable data sets alone (tfds, wds, hfids): leave it out.')
+    check_split(train, args.data_dir, args.train_split)
+    check_split(validation, args.data_dir, args.val_split)
+    names, validation_names = class_names(train), class_names(validation)
+    if names and validation_names and names != validation_names:
+        odd = sorted(set(names) ^ set(validation_names))
         raise UserError(f'The two splits have different classes ({", ".join(odd[:5])}), so their labels would not'
                         f' agree: mend the folders, or give the classes with --class-map.')
-    if names and len(names) == 1 < args.num_classes:
-        raise UserError(f'The data set has one class, {names[0]}, the model {args.num_classes}: the images of each'
-                        f' class go into a folder of their own below {args.train_split}.')
-    if names and len(names) > args.num_classes:
+    if names:
+        _check_number_of_classes(args, names)
+    elif args.num_classes is None and args.task == 'multilabel':
+        raise UserError('--task multilabel needs --num-classes, where the data set does not name its classes.')
+    encode_targets((train, validation), args.num_classes, target_of(args))
+    return Splits(train, validation, names)
+
+
+def _check_number_of_classes(args, names: List[str]) -> None:
+    if args.num_classes is None:
+        args.num_classes = len(names)
+        if is_primary(args):
+            _logger.info(f'The data set has {len(names)} classes, so the classifier has {len(names)} outputs'
+                         f' (--num-classes sets another number).')
+    if len(names) == 1 and args.task != 'multilabel':
+        raise UserError(f'The data set has one class, {names[0]}, and a classifier needs at least two: put the images'
+                        f' of each class into a folder of their own below {args.train_split}.')
+    if len(names) > args.num_classes:
         raise UserError(f'The data set has {len(names)} classes, the model {args.num_classes}:'
                         f' add --num-classes {len(names)}.')
-    if names and len(names) < args.num_classes:
+    if len(names) < args.num_classes and is_primary(args):
         _logger.warning(f'The model has {args.num_classes} classes, the data set {len(names)}:'
-                        f' --num-classes {len(names)} would make it smaller.')
+                        f' --num-classes {len(names)} would make the model smaller.')
 
+
+def set_up_loaders(args, splits: Splits, data_config: Dict[str, Any], device: torch.device, dtype) -> Tuple[Any, ...]:
+    """Build the loaders of training and validation; returns them with the mixup function (or None)."""
+    dataset_train, dataset_eval = splits.train, splits.validation
     if args.aa:
-        try:
+        with rewording(f'--aa {args.aa} is no policy of timm, as rand-m9-mstd0.5, augmix-m3 or v0 are'):
             create_transform(data_config['input_size'], is_training=True, auto_augment=args.aa)
-        except (AssertionError, ValueError, TypeError, KeyError) as e:
-            raise UserError(f'--aa {args.aa} is no policy of timm, as rand-m9-mstd0.5, augmix-m3 or v0 are'
-                            f' ({first_line(e)}).') from e
 
     collate_fn = mixup_fn = None
     if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
@@ -63,6 +95,7 @@ def set_up_loaders(args, data_config: Dict[str, Any], device: torch.device, dtyp
             mode=args.mixup_mode,
             label_smoothing=args.smoothing,
             num_classes=args.num_classes,
+            multi_label=args.task == 'multilabel',
         )
         if args.no_prefetcher:
             mixup_fn = Mixup(**mixup_args)
@@ -95,7 +128,7 @@ def set_up_loaders(args, data_config: Dict[str, Any], device: torch.device, dtyp
         # Workers that live on would draw on where the last epoch ended, which a resumed run cannot know.
         persistent_workers=False,
     )
-    try:
+    with rewording('The loaders cannot be built', AssertionError, ValueError, TypeError):
         loader_train = create_loader(
             dataset_train,
             batch_size=args.batch_size,
@@ -133,9 +166,7 @@ def set_up_loaders(args, data_config: Dict[str, Any], device: torch.device, dtyp
             crop_mode=data_config['crop_mode'],
             **common,
         )
-    except (AssertionError, ValueError, TypeError) as e:
-        raise UserError(f'The loaders cannot be built: {e}') from e
     check_channels(dataset_eval, data_config['input_size'][0])
     if not len(loader_train):
         raise UserError(f'The train split has fewer images than a batch ({args.batch_size}): use a smaller -b.')
-    return loader_train, loader_eval, mixup_fn, names
+    return loader_train, loader_eval, mixup_fn

@@ -57,7 +57,7 @@ def bulk_entries(model: str, checkpoint: str, num_classes: int = 1000) -> Option
 
 def sort_results(results: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """Order the results of a bulk run as timm does, the best first; what failed comes last."""
-    return sorted(results, key=lambda row: row.get('top1', -1.0), reverse=True)
+    return sorted(results, key=lambda row: row.get('top1', row.get('map', -1.0)), reverse=True)
 
 
 def write_results(path: str, results: Any, format: str) -> None:

@@ -26,7 +26,7 @@ from ..io.atomic import atomic_write
 from ..io.checkpoint import read_checkpoint
 from ..io.run import RunDescription
 from ..io.saver import AtomicSaver
-from .args import FREE_FLAGS
+from .train_flags import FREE_FLAGS
 from .device import restarts
 
 __all__ = ['check_resume', 'find_restart', 'set_up_saver', 'versions', 'GROUP_FIELDS_SET_BY_FLAGS']
@@ -55,10 +55,11 @@ def _run_folder(args) -> str:
 
 
 def find_restart(args) -> None:
-    """Let processes that torchrun has started anew go on with the last epoch that was saved.
+    """Find the checkpoint that is resumed, where the run itself tells it: with `--resume auto`, and in processes that
+    torchrun has started again.
 
     Raises:
-        UserError: They could not find it.
+        UserError: Processes that torchrun starts again could not find it.
     """
     allowed = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
     if allowed and int(os.environ.get('GROUP_WORLD_SIZE', 1)) > 1:
@@ -70,6 +71,9 @@ def find_restart(args) -> None:
     last = os.path.join(_run_folder(args), 'last.pth.tar')
     if restarts() and os.path.exists(last):
         args.resume, args.no_resume_opt = last, False
+    if args.resume == 'auto':
+        args.resume = last if os.path.exists(last) else ''
+        args.no_resume_opt &= bool(args.resume)
 
 
 def check_resume(args, parser, run: RunDescription) -> List[Optional[float]]:
@@ -81,8 +85,12 @@ def check_resume(args, parser, run: RunDescription) -> List[Optional[float]]:
     checkpoint = read_checkpoint(args.resume)
     saved, there = checkpoint.get('args'), RunDescription.from_checkpoint(checkpoint)
     if there is None:
-        raise UserError(f'--resume: {args.resume} is not a checkpoint of this train.py (of timm\'s own script, perhaps): go'
-                        f' on from its weights with --initial-checkpoint instead.')
+        raise UserError(f"--resume: {args.resume} is not a checkpoint of this train.py (of timm's own script, perhaps):"
+                        f' start from its weights with --initial-checkpoint instead.')
+    if 'optimizer' not in checkpoint:
+        last = os.path.join(os.path.dirname(args.resume), 'last.pth.tar')
+        raise UserError(f'--resume: {args.resume} holds the weights of the model alone: continue its run with {last},'
+                        f' or start a new one from the weights with --initial-checkpoint.')
     old, new = ({'architecture': r.architecture, **r.model_args, 'classes': r.class_names} for r in (there, run))
     changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
     if changed:

@@ -35,20 +35,23 @@ from timm.utils import (
     random_seed,
     reduce_tensor,
     set_jit_fuser,
-    setup_default_logging,
     update_summary,
 )
 
-from ..errors import UserError, first_line, exit_on_user_error
-from ..evaluate import evaluate, progress_bar, to_device
+from ..errors import UserError, exit_on_user_error, rewording
+from ..evaluate import evaluate, to_device
 from ..io.run import RunDescription
-from .args import check_train_args, netaug_config, parse_args, train_parser
-from .build import set_up_model, set_up_task, set_up_teacher, prepare_for_training
+from .build import prepare_for_training, set_up_model, set_up_task, set_up_teacher
+from .command_line import parse_args
+from .common_flags import target_of
 from .curves import write_curves
-from .device import choose_device, join_processes, keep_memory, mixed_precision, uses_channels_last
-from .loaders import set_up_loaders
+from .device import choose_device, join_processes, mixed_precision, uses_channels_last
+from .loaders import open_splits, set_up_loaders
+from .logs import set_up_logging
+from .progress import Progress
 from .run_folder import GROUP_FIELDS_SET_BY_FLAGS, check_resume, find_restart, set_up_saver, versions
 from .signals import Stopped, StopSignals
+from .train_flags import check_train_args, netaug_config, train_parser
 
 _logger = logging.getLogger('train')
 
@@ -60,14 +63,10 @@ _LOSSES = ('loss', 'tiny_loss', 'task_loss', 'kd_loss', 'aug_loss', 'distill_los
 def set_up_device(args) -> torch.device:
     """Choose the device and join the other processes."""
     choose_device(args, _logger)
-    if args.device.startswith('cpu'):
-        keep_memory()
-    try:
+    with rewording(f'--device {args.device} cannot be used', ImportError, RuntimeError, AssertionError):
         for name in args.device_modules or ():
             importlib.import_module(name)
         return join_processes(args)
-    except (ImportError, RuntimeError, AssertionError) as e:
-        raise UserError(f'--device {args.device} cannot be used: {str(e).splitlines()[0]}') from e
 
 
 def set_up_lr(args) -> None:
@@ -119,6 +118,7 @@ def train_one_epoch(
         lr_scheduler=None,
         mixup_fn=None,
         saver=None,
+        progress: Optional[Progress] = None,
         updates_per_epoch: int = 1,
         stop: Optional[StopSignals] = None,
 ) -> Dict[str, float]:
@@ -141,12 +141,10 @@ def train_one_epoch(
     batches = len(loader)
     last_accum = batches % accum or accum
     num_updates = epoch * updates_per_epoch
-    images = 0
-    start = time.time()
+    progress = progress or Progress(epoch, epoch + 1, args.log_interval, primary)
     optimizer.zero_grad()
 
-    bar = progress_bar(loader, f'Epoch {epoch}', primary)
-    for i, (input, target) in enumerate(bar):
+    for i, (input, target) in progress.batches(epoch, loader):
         last = i == batches - 1
         update = last or (i + 1) % accum == 0
         steps = last_accum if i >= batches - last_accum else accum
@@ -186,7 +184,6 @@ def train_one_epoch(
                             mode=args.clip_mode,
                         )
                     optimizer.step()
-        images += input.shape[0] * args.world_size
         values = {k: v.detach() for k, v in result.items() if k == 'loss' or k.endswith('_loss')}
         is_classes = isinstance(target, torch.Tensor)
         if is_classes and target.ndim == 1 and not args.aug_splits:  # not mixed
@@ -211,17 +208,11 @@ def train_one_epoch(
                     raise UserError(f'The loss is {meters["loss"].val} in epoch {epoch}, step {step}: try a lower rate.'
                                     f' The checkpoints of the epochs before are untouched.')
             pending.clear()
-            if primary:
-                lr = np.mean([group['lr'] for group in optimizer.param_groups])
-                line = (f'loss {meters["loss"].val:.4g} ({meters["loss"].avg:.4g})  '
-                        f'{images / (time.time() - start):.1f} images/s  lr {lr:.3e}')
-                if bar.disable:
-                    _logger.info(f'Epoch {epoch} [{i + 1}/{batches}]  {line}')
-                else:
-                    bar.set_postfix_str(line)
-                if args.save_images and saver is not None:
-                    torchvision.utils.save_image(
-                        input, os.path.join(saver.checkpoint_dir, f'train-batch-{i}.jpg'), padding=0, normalize=True)
+            if primary and args.save_images and saver is not None:
+                torchvision.utils.save_image(
+                    input, os.path.join(saver.checkpoint_dir, f'train-batch-{i}.jpg'), padding=0, normalize=True)
+        lr = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
+        progress.update(i, input.shape[0] * args.world_size, result['loss'].detach(), lr, last)
         if saver is not None and args.recovery_interval and (last or (i + 1) % args.recovery_interval == 0):
             saver.save_recovery(epoch, batch_idx=i)
         if update and lr_scheduler is not None:
@@ -258,12 +249,13 @@ def write_epoch(args, epoch: int, train_metrics, metrics, task: TrainingTask, op
     summary = os.path.join(saver.checkpoint_dir, 'summary.csv')
     update_summary(epoch, train_metrics, row, summary, lr=sum(lrs) / len(lrs), log_wandb=args.log_wandb)
     curves = os.path.join(saver.checkpoint_dir, 'curves.png')
-    write_curves(summary, curves, f'eval_{args.eval_metric}', args.eval_metric == 'loss')
-    saver.save_checkpoint(epoch, metric=metrics.get(args.eval_metric))
-    _logger.info(f'Epoch {epoch}: ' + '  '.join(
-        f'{split}_{k} {v:.4g}'
-        for split, values in (('train', train_metrics), ('eval', metrics))
-        for k, v in values.items() if v not in ('', None)))
+    title = f'{args.model}, run {os.path.basename(saver.checkpoint_dir)}'
+    write_curves(summary, curves, f'eval_{args.eval_metric}', args.eval_metric == 'loss', title)
+    saver.save_checkpoint(epoch, metrics.get(args.eval_metric), milestone=epoch + 1 in (args.save_epochs or ()))
+    told = {**{f'train_{k}': v for k, v in train_metrics.items()}, **{f'eval_{k}': v for k, v in metrics.items()}}
+    if args.num_classes < 6:
+        told.pop('eval_top5', None)  # always 100 %
+    _logger.info(f'Epoch {epoch}: ' + '  '.join(f'{k} {v:.4g}' for k, v in told.items() if v not in ('', None)))
 
 
 def stopped(epoch: int, saver, number: int) -> NoReturn:
@@ -284,16 +276,14 @@ def stopped(epoch: int, saver, number: int) -> NoReturn:
 
 def set_up_optimizer(args, task: TrainingTask) -> torch.optim.Optimizer:
     model = task.get_trainable_module()
-    try:
+    with rewording(f'--opt {args.opt} cannot be built', ValueError, TypeError, AssertionError, whole=True):
         return create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
-    except (ValueError, TypeError, AssertionError) as e:
-        raise UserError(f'--opt {args.opt} cannot be built: {e}') from e
 
 
 def resume_training(args, task: TrainingTask, optimizer: torch.optim.Optimizer, loss_scaler) -> Optional[int]:
     """Load what `--resume` names, but the moving average; returns the epoch to go on with."""
     given = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
-    try:
+    with rewording('--resume', ValueError, RuntimeError, whole=True):
         epoch = resume_task_checkpoint(
             task,
             args.resume,
@@ -301,8 +291,6 @@ def resume_training(args, task: TrainingTask, optimizer: torch.optim.Optimizer, 
             loss_scaler=None if args.no_resume_opt else loss_scaler,
             log_info=is_primary(args),
         )
-    except (ValueError, RuntimeError) as e:
-        raise UserError(f'--resume: {e}') from e
     for group, flags in zip(optimizer.param_groups, given):  # the flags hold, not those of the checkpoint
         fields = {k: v for k, v in flags.items() if k in (*GROUP_FIELDS_SET_BY_FLAGS, *args.opt_kwargs)}
         group.update(fields, initial_lr=flags['lr'])
@@ -311,14 +299,12 @@ def resume_training(args, task: TrainingTask, optimizer: torch.optim.Optimizer, 
 
 def set_up_schedule(args, optimizer: torch.optim.Optimizer, updates_per_epoch: int, start_epoch: int, history: list):
     """Build the schedule, brought to the epoch to start with; returns it with the number of all epochs."""
-    try:
+    with rewording(f'--sched {args.sched} cannot be built', ValueError, AssertionError, whole=True):
         lr_scheduler, num_epochs = create_scheduler_v2(
             optimizer,
             **scheduler_kwargs(args, decreasing_metric=args.eval_metric == 'loss'),
             updates_per_epoch=updates_per_epoch,
         )
-    except (ValueError, AssertionError) as e:
-        raise UserError(f'--sched {args.sched} cannot be built: {e}') from e
     if lr_scheduler is not None and start_epoch > 0:
         if args.sched_on_updates:
             lr_scheduler.step_update(start_epoch * updates_per_epoch)
@@ -331,10 +317,10 @@ def set_up_schedule(args, optimizer: torch.optim.Optimizer, updates_per_epoch: i
 
 
 def check_task(args, task: TrainingTask, start_epoch: int, num_epochs: int, updates_per_epoch: int) -> None:
-    """Refuse a training without a step, or without a NetAug step in an epoch."""
+    """Refuse a training without an epoch, or without a NetAug step in an epoch."""
     if start_epoch >= num_epochs:
         raise UserError(f'There is nothing to train: the run would start at epoch {start_epoch} of {num_epochs}.'
-                        f' Raise --epochs.')
+                        f' Raise --epochs{" or --stop-epoch" if args.stop_epoch else ""}.')
     if args.netaug and task.training_config.every > updates_per_epoch:
         raise UserError(f'--netaug-every must be at most the {updates_per_epoch} updates of an epoch here.')
     if args.warmup_epochs >= num_epochs and is_primary(args):
@@ -342,7 +328,7 @@ def check_task(args, task: TrainingTask, start_epoch: int, num_epochs: int, upda
 
 
 def primary_saver(args, run: RunDescription, *to_set_up: Any):
-    """Set up, in the first process, what writes the results; what it alone finds wrong ends them all."""
+    """Set up, in the first process, what writes the results. An error of this process ends all processes."""
     saver, refusal = None, ''
     if is_primary(args):
         args.run = run.to_dict()  # travels in every checkpoint
@@ -365,18 +351,21 @@ class Classification:
     program = 'train.py'
     parser = staticmethod(train_parser)
     check_args = staticmethod(check_train_args)
-    set_up_model = staticmethod(set_up_model)
+    set_up_loaders = staticmethod(set_up_loaders)
     set_up_task = staticmethod(set_up_task)
 
     @staticmethod
-    def set_up_data(args, model: nn.Module, device: torch.device, dtype: torch.dtype) -> Tuple[Any, ...]:
-        """Return how images are prepared, in timm's terms, the loaders of training and validation, the function that
-        mixes batches (or None), and the names of the classes (or None)."""
-        try:
+    def set_up_model(args) -> Tuple[nn.Module, Dict[str, Any], Any]:
+        """Open the data set and build the model; returns the model, how its images are prepared in timm's terms, and
+        the splits of the data set."""
+        channels = args.in_chans or (args.input_size or [3])[0]
+        splits = open_splits(args, channels)
+        model = set_up_model(args)
+        with rewording('The input cannot be set up', ValueError, AssertionError, whole=True):
             data_config = resolve_input_data_config(model, args=vars(args))
-        except (ValueError, AssertionError) as e:
-            raise UserError(f'The input cannot be set up: {e}') from e
-        return data_config, *set_up_loaders(args, data_config, device, dtype)
+        if data_config['input_size'][0] != channels:  # the model has other channels by itself
+            splits = open_splits(args, data_config['input_size'][0])
+        return model, data_config, splits
 
     @staticmethod
     def describe(model: nn.Module, *args: Any, **fields: Any) -> RunDescription:
@@ -405,11 +394,10 @@ def train(kind: Any = Classification) -> None:
     Raises:
         UserError: It cannot be done as it stands; the message says what to change.
     """
-    setup_default_logging()
-    logging.getLogger('timm').setLevel(logging.WARNING)
+    set_up_logging()
     parser = kind.parser()
     args = parse_args(parser, sys.argv[1:])
-    kind.check_args(parser, args)
+    kind.check_args(args)
     find_restart(args)
     config = netaug_config(args)
     device = set_up_device(args)
@@ -425,24 +413,26 @@ def train(kind: Any = Classification) -> None:
     if args.fuser:
         set_jit_fuser(args.fuser)
 
-    model = kind.set_up_model(args)
-    data_config, loader_train, loader_eval, mixup_fn, names = kind.set_up_data(args, model, device, dtype)
+    model, data_config, splits = kind.set_up_model(args)
     run = kind.describe(
         model,
         data_config,
-        names,
+        splits.class_names,
         ema=args.model_ema and not args.model_ema_force_cpu,  # then the metric is that of the moving average
         versions=versions(),
         input_img_mode=args.input_img_mode,
+        target=target_of(args),
     )
     model = prepare_for_training(args, model, config, device, dtype)
+    loader_train, loader_eval, mixup_fn = kind.set_up_loaders(args, splits, data_config, device, dtype)
     set_up_lr(args)
-    teacher = set_up_teacher(args, data_config, names, device, dtype)
+    teacher = set_up_teacher(args, data_config, splits.class_names, device, dtype)
     task = kind.set_up_task(args, model, teacher, data_config, device, dtype)
     if args.netaug:
         run = replace(run, netaug=task.netaug_fields())
-    _logger.info(f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters in training'
-                 + (f', NetAug {run.netaug}' if args.netaug else ''))
+    _logger.info(f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters in training')
+    for key, value in (run.netaug or {}).items():
+        _logger.info(f'    NetAug {key}: {value}')
     optimizer = set_up_optimizer(args, task)
     if args.netaug:
         # Behind a shared trunk, the activations of both passes are few, and the gradients of one sum take less time.
@@ -464,11 +454,9 @@ def train(kind: Any = Classification) -> None:
         if args.resume:
             load_task_ema_checkpoint(task, args.resume)
     if args.torchcompile:
-        try:
+        with rewording(f'--torchcompile {args.torchcompile} cannot be carried out', RuntimeError):
             task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
             task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
-        except RuntimeError as e:
-            raise UserError(f'--torchcompile {args.torchcompile} cannot be carried out: {first_line(e)}.') from e
     if args.distributed:
         ddp_kwargs = dict(broadcast_buffers=False) if args.no_ddp_bb and not args.netaug else {}
         task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None, **ddp_kwargs)
@@ -477,19 +465,21 @@ def train(kind: Any = Classification) -> None:
     start_epoch = args.start_epoch if args.start_epoch is not None else resume_epoch or 0
     lr_scheduler, num_epochs = set_up_schedule(args, optimizer, updates_per_epoch, start_epoch, history)
     history = (history + [None] * start_epoch)[:start_epoch]
-    if args.resume and start_epoch == num_epochs:
-        _logger.info(f'All {num_epochs} epochs of {args.resume} are done.')
+    end_epoch = min(num_epochs, args.stop_epoch or num_epochs)
+    if args.resume and start_epoch == end_epoch:
+        _logger.info(f'All {end_epoch} epochs of {args.resume} are done.')
         return
-    check_task(args, task, start_epoch, num_epochs, updates_per_epoch)
+    check_task(args, task, start_epoch, end_epoch, updates_per_epoch)
     saver = primary_saver(args, run, parser, task, optimizer, loss_scaler, start_epoch)
     if primary:
-        _logger.info(f'Epochs {start_epoch} to {num_epochs - 1}, results in {saver.checkpoint_dir}')
+        _logger.info(f'Epochs {start_epoch} to {end_epoch - 1}, results in {saver.checkpoint_dir}')
 
     stop = StopSignals()
     train_epoch = partial(
         train_one_epoch, task=task, loader=loader_train, optimizer=optimizer, args=args, device=device, dtype=dtype,
         autocast=autocast, loss_scaler=loss_scaler, lr_scheduler=lr_scheduler, mixup_fn=mixup_fn, saver=saver,
-        updates_per_epoch=updates_per_epoch, stop=stop)
+        updates_per_epoch=updates_per_epoch, stop=stop,
+        progress=Progress(start_epoch, end_epoch, args.log_interval, primary))
     evaluate_ = partial(
         evaluate, loader=loader_eval, device=device, dtype=dtype, autocast=autocast,
         channels_last=uses_channels_last(args), log_interval=args.log_interval, distributed=args.distributed,
@@ -497,7 +487,7 @@ def train(kind: Any = Classification) -> None:
     epoch = start_epoch
     with stop:
         try:
-            for epoch in range(start_epoch, num_epochs):
+            for epoch in range(start_epoch, end_epoch):
                 # From seed, rank and its own number, so that a resumed run draws as an undisturbed one.
                 random_seed(start_of_epoch_seed(args.seed, epoch), args.rank)
                 if args.netaug:
@@ -508,7 +498,7 @@ def train(kind: Any = Classification) -> None:
                     for ema in (False, True) if task.has_ema() and not args.model_ema_force_cpu else (False,):
                         distribute_bn(task.get_trainable_module(ema=ema), args.world_size, args.dist_bn == 'reduce')
                 metrics = {}
-                if (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs:
+                if (epoch + 1) % args.val_interval == 0 or epoch + 1 == end_epoch:
                     metrics = validate_epoch(args, task, loader_eval, evaluate_)
                 history.append(metrics.get(args.eval_metric, history[-1] if history else None))  # the last one measured
                 if primary:

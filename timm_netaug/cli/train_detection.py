@@ -8,7 +8,8 @@ its own way: data, model, task and pictures.
 import argparse
 import logging
 import os
-from typing import Any, List, Optional, Tuple
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -16,7 +17,7 @@ from timm.task import TrainingTask
 from timm.utils import is_primary
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from ..detection.annotations import find_classes, read_class_map, read_split, size_notes
+from ..detection.annotations import Split, find_classes, read_class_map, read_split, size_notes
 from ..detection.data import DetectionDataset, collate, eval_transform, train_transform
 from ..detection.detector import DenseDetector, create_backbone, describe_detector
 from ..detection.fcos import Fcos
@@ -28,9 +29,10 @@ from ..errors import UserError, exit_on_user_error
 from ..io.checkpoint import read_weights
 from ..io.run import RunDescription
 from ..reference import input_config, is_reference
-from .args import check_train_args, netaug_config, train_parser
-from .detection_args import detection_parser, with_defaults
+from .detection_flags import detection_flags, with_defaults
+from .flags import Flag, build_parser, check_flags
 from .train import train
+from .train_flags import TRAIN_FLAGS, check_train_args, netaug_config
 
 __all__ = ['Detection', 'main', 'train_detection_parser']
 
@@ -77,31 +79,29 @@ _HELP = dict(
     eval_metric='metric that ranks checkpoints: AP50, AP, another one of the summary, or loss')
 
 
+_OWN = (
+    Flag('--crop-prob', 'probability of a crop around some of the objects', float, 0.5, 'P', range='[0, 1]'),
+    Flag('--neck-channels', 'channels of the neck and the head', int, 48, 'N', range='[1, inf]'),
+)
+DETECTION_FLAGS = detection_flags(TRAIN_FLAGS, _FLAGS, _OWN, _DEFAULTS, _HELP)
+
+
 def train_detection_parser() -> argparse.ArgumentParser:
     """Build the command line of `train_detection.py`."""
-    parser, group = detection_parser(
-        train_parser(), 'Train a tiny detector on a timm backbone, with --netaug inside a wider super-network.', _FLAGS,
-        _DEFAULTS, _HELP)
-    group.add_argument('--crop-prob', type=float, default=0.5, metavar='P',
-                       help='probability of a crop around some of the objects')
-    group.add_argument('--neck-channels', type=int, default=48, metavar='N', help='channels of the neck and the head')
-    return parser
+    return build_parser(
+        'Train a tiny detector on a timm backbone, with --netaug inside a wider super-network.', DETECTION_FLAGS)
 
 
-def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def _check_args(args: argparse.Namespace) -> None:
     """Refuse what cannot be carried out, before anything is touched; see `check_train_args`."""
-    whole = train_parser()
-    with_defaults(whole, args, no_prefetcher=True)
+    check_flags(DETECTION_FLAGS[:1], args)
+    with_defaults(TRAIN_FLAGS, args, no_prefetcher=True)
     if args.eval_metric not in (*METRICS, 'loss'):
-        raise UserError(f'--eval-metric takes one of {", ".join(METRICS)}, loss; got {args.eval_metric!r}.')
-    check_train_args(whole, argparse.Namespace(**{**vars(args), 'eval_metric': 'loss', 'amp_dtype': args.amp_dtype}))
-    if not 0 <= args.crop_prob <= 1:
-        raise UserError(f'--crop-prob must be from 0 to 1, got {args.crop_prob:g}.')
+        raise UserError(f'--eval-metric must be one of {", ".join(METRICS)}, loss, got {args.eval_metric!r}.')
+    check_train_args(argparse.Namespace(**{**vars(args), 'eval_metric': 'loss'}))
     if not 0 < args.scale[0] <= args.scale[1] <= 1:
         raise UserError(f'--scale takes two numbers above 0 up to 1, the smaller one first, got'
                         f' {" ".join(map(str, args.scale))}.')
-    if args.neck_channels < 1:
-        raise UserError(f'--neck-channels must be at least 1, got {args.neck_channels}.')
     if args.input_size and args.input_size[0] != 3:
         raise UserError(f'--input-size: a detector takes images of 3 channels, got {args.input_size[0]}.')
     check_metric()
@@ -113,13 +113,14 @@ class Detection:
     parser = staticmethod(train_detection_parser)
     check_args = staticmethod(_check_args)
 
-    def set_up_model(self, args: argparse.Namespace) -> nn.Module:
-        """Read the data, whose classes the model has, and build the dense part of the detector."""
-        self.train, self.val = read_split(args.data_dir, args.train_split), read_split(args.data_dir, args.val_split)
-        self.names = find_classes(self.train, self.val, read_class_map(args.class_map) if args.class_map else None)
-        args.num_classes = len(self.names)
+    def set_up_model(self, args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any], '_Splits']:
+        """Read the data, whose classes the model has, and build the dense part of the detector; returns it with how
+        images are prepared in timm's terms, and the splits."""
+        train, val = read_split(args.data_dir, args.train_split), read_split(args.data_dir, args.val_split)
+        names = find_classes(train, val, read_class_map(args.class_map) if args.class_map else None)
+        args.num_classes = len(names)
         size = args.input_size[1:] if args.input_size else [args.img_size] * 2
-        fields = dict(class_names=self.names, channels=args.neck_channels, mean=args.mean, std=args.std,
+        fields = dict(class_names=names, channels=args.neck_channels, mean=args.mean, std=args.std,
                       interpolation=args.interpolation or None)
         backbone = self._backbone(args)
         try:
@@ -131,10 +132,9 @@ class Detection:
         if args.initial_checkpoint:
             load_dense_weights(model, args.initial_checkpoint)
         if is_primary(args):
-            for note in [*self.train.notes, *self.val.notes,
-                         *size_notes(self.train, self.names, self._fcos(), self.config.img_size)]:
+            for note in [*train.notes, *val.notes, *size_notes(train, names, self._fcos(), self.config.img_size)]:
                 _logger.warning(note)
-        return model
+        return model, self.config.data_config, _Splits(train, val, names)
 
     @staticmethod
     def _backbone(args: argparse.Namespace) -> nn.Module:
@@ -157,22 +157,20 @@ class Detection:
     def _fcos(self) -> Fcos:
         return Fcos(self.config.num_classes, self.config.scale)
 
-    def set_up_data(self, args, model: nn.Module, device: torch.device, dtype: torch.dtype) -> Tuple[Any, ...]:
-        """Return how images are prepared, both loaders, None for the mixing of batches, and the class names."""
-        config = self.config.data_config
-        flags = {} if args.no_aug else dict(
-            hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter, crop_prob=args.crop_prob,
+    @staticmethod
+    def set_up_loaders(args, splits: '_Splits', data_config: Dict[str, Any], device, dtype) -> Tuple[Any, Any, None]:
+        """Return the loaders of training and validation, and None for what mixes batches."""
+        transform = eval_transform(data_config) if args.no_aug else train_transform(
+            data_config, hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter, crop_prob=args.crop_prob,
             scale=args.scale, ratio=args.ratio)
-        transform = train_transform(config, **flags) if flags else eval_transform(config)
-        dataset = DetectionDataset(self.train, self.names, transform, is_training=True)
-        per_process = len(dataset) // args.world_size
-        if per_process < args.batch_size:
+        dataset = DetectionDataset(splits.train, splits.class_names, transform, is_training=True)
+        if len(dataset) // args.world_size < args.batch_size:
             raise UserError(f'The train split has fewer images than a batch ({args.batch_size}): use a smaller -b.')
-        return (config, _loader(dataset, args, True),
-                _loader(DetectionDataset(self.val, self.names, eval_transform(config)), args, False), None, self.names)
+        evaluated = DetectionDataset(splits.val, splits.class_names, eval_transform(data_config))
+        return _loader(dataset, args, True), _loader(evaluated, args, False), None
 
     def describe(self, model: nn.Module, data_config: Any, names: List[str], **fields: Any) -> RunDescription:
-        return detector_run(self.config, **{k: v for k, v in fields.items() if k != 'input_img_mode'})
+        return detector_run(self.config, **{k: v for k, v in fields.items() if k not in ('input_img_mode', 'target')})
 
     def set_up_task(self, args, model: nn.Module, teacher: None, data_config: Any, device, dtype) -> TrainingTask:
         common = dict(fcos=self._fcos(), device=device, dtype=dtype)
@@ -186,12 +184,21 @@ class Detection:
         count = min(_PICTURES, len(found))
         chosen = [sorted(found)[i * len(found) // count] for i in range(count)]
         draw_grid([loader.dataset.image(i) for i in chosen], [found[i] for i in chosen],
-                  [task.evaluator.true[i] for i in chosen], self.names, os.path.join(folder, 'detections.jpg'))
+                  [task.evaluator.true[i] for i in chosen], list(self.config.class_names),
+                  os.path.join(folder, 'detections.jpg'))
 
     @staticmethod
     def how_to_load(run: RunDescription, best: str) -> str:
         return (f'Evaluate the checkpoint with\n\n    python validate_detection.py --data-dir DATA --split SPLIT'
                 f' --checkpoint {best}\n')
+
+
+@dataclass(frozen=True)
+class _Splits:
+    """The splits of a training, and the names of their classes in label order."""
+    train: Split
+    val: Split
+    class_names: List[str]
 
 
 class _Share(torch.utils.data.Sampler):

@@ -9,13 +9,14 @@ from ..card import METRICS
 from ..errors import UserError
 from ..io.checkpoint import read_checkpoint
 from ..io.run import RunDescription
-from .args import FREE_FLAGS, train_parser
 from .train_detection import train_detection_parser
+from .train_flags import FREE_FLAGS, train_parser
 
 __all__ = ['baseline_metrics', 'detection_record', 'training_record']
 
 _PATHS = ('pretrained_path', 'initial_checkpoint', 'class_map')  # where they lie is of no use to others
-_DATASET = ('dataset', 'input_img_mode', 'input_key', 'target_key')  # that the evaluation needs too
+# What the evaluation needs, too.
+_DATASET = ('dataset', 'input_img_mode', 'input_key', 'target_key', 'task', 'target_format')
 
 
 def _flags(

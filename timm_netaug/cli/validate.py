@@ -16,14 +16,17 @@ from typing import Any, Dict, List, Tuple
 import torch
 import torch.nn as nn
 from timm.layers import set_fast_norm, set_scriptable
-from timm.utils import random_seed, reparameterize_model, set_jit_fuser, setup_default_logging
+from timm.utils import random_seed, reparameterize_model, set_jit_fuser
 
-from ..errors import UserError, first_line, exit_on_user_error
+from ..errors import UserError, exit_on_user_error, first_line, rewording
 from ..evaluate import evaluate_model
-from .args import check_validate_args, data_source, parse_args, validate_parser
+from .command_line import parse_args
+from .common_flags import data_source, target_of
 from .device import choose_device, mixed_precision
-from .results import bulk_entries, sort_results, write_results
 from .evaluated_model import load_evaluated_model, pool_as_in_training
+from .logs import set_up_logging
+from .results import bulk_entries, sort_results, write_results
+from .validate_flags import check_validate_args, validate_parser
 
 _logger = logging.getLogger('validate')
 
@@ -47,7 +50,7 @@ def compile_model(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     Raises:
         UserError: The model, or what it is compiled with, is not fit for it.
     """
-    try:
+    with rewording('The model cannot be compiled', ImportError, RuntimeError):
         if args.torchscript:
             model = torch.jit.script(model)
         elif args.torchcompile:
@@ -56,8 +59,6 @@ def compile_model(model: nn.Module, args: argparse.Namespace) -> nn.Module:
         elif args.aot_autograd:
             from functorch.compile import memory_efficient_fusion  # imports much that nothing else needs
             model = _FixedBatch(memory_efficient_fusion(model))
-    except (ImportError, RuntimeError) as e:
-        raise UserError(f'The model cannot be compiled: {first_line(e)}.') from e
     return nn.DataParallel(model, device_ids=list(range(args.num_gpu))) if args.num_gpu > 1 else model
 
 
@@ -103,6 +104,7 @@ def validate_one(args: argparse.Namespace, parser: argparse.ArgumentParser, retr
             channels_last=args.channels_last,
             compile=partial(compile_model, args=args),
             num_samples=args.num_samples,
+            target=target_of(args) if args.task == 'multilabel' else subject.target,
             valid_labels=args.valid_labels,
             real_labels=args.real_labels,
             metrics_avg=args.metrics_avg,
@@ -116,13 +118,15 @@ def validate_one(args: argparse.Namespace, parser: argparse.ArgumentParser, retr
         if not (args.torchscript or args.torchcompile or args.aot_autograd):
             raise
         raise UserError(f'The compiled model does not run: {first_line(e)}.') from e
-    top1, top5, loss, images = (measured.pop(k) for k in ('top1', 'top5', 'loss', 'images'))
+    loss, images = measured.pop('loss'), measured.pop('images')
+    accuracies = {}  # of one class per image: timm's columns
+    for name in ('top1', 'top5'):
+        if name in measured:
+            accuracies[name] = round(measured[name], 4)
+            accuracies[f'{name}_err'] = round(100 - measured.pop(name), 4)
     return dict(
         model=subject.name,
-        top1=round(top1, 4),
-        top1_err=round(100 - top1, 4),
-        top5=round(top5, 4),
-        top5_err=round(100 - top5, 4),
+        **accuracies,
         **{name: round(value, 4) for name, value in measured.items()},
         param_count=round(param_count / 1e6, 2),
         img_size=data_config['input_size'][-1],
@@ -171,10 +175,8 @@ def set_up_device(args: argparse.Namespace) -> None:
         UserError: PyTorch does not find such a device, or not so many of them.
     """
     choose_device(args, _logger)
-    try:
+    with rewording(f'--device {args.device}', RuntimeError):
         device = torch.device(args.device)
-    except RuntimeError as e:
-        raise UserError(f'--device {args.device}: {first_line(e)}.') from e
     gpus = torch.cuda.device_count() if device.type == 'cuda' else 0
     if args.num_gpu > 1 and args.num_gpu > gpus:
         raise UserError(f'--num-gpu {args.num_gpu}: there are {gpus} GPUs to evaluate on.')
@@ -190,12 +192,11 @@ def validate() -> None:
     Raises:
         UserError: It cannot be done as it stands; the message says what to change.
     """
-    setup_default_logging()
-    logging.getLogger('timm').setLevel(logging.WARNING)
+    set_up_logging()
     parser = validate_parser()
     parser.set_defaults(model='')  # a checkpoint of another origin needs a name that was given
     args = parse_args(parser, sys.argv[1:])
-    check_validate_args(parser, args)
+    check_validate_args(args)
     set_up_device(args)
     entries = bulk_entries(args.model, args.checkpoint, args.num_classes or 1000)
     if entries is None:

@@ -11,7 +11,6 @@ import sys
 from typing import Optional, Tuple
 
 import torch
-from timm.utils import setup_default_logging
 
 from ..detection.annotations import read_split
 from ..detection.detector import Detector, create_detector
@@ -20,10 +19,13 @@ from ..detection.folder import find_detector_folder, load_checkpoint
 from ..detection.metric import METRICS, check_metric
 from ..detection.pictures import draw_grid
 from ..errors import UserError, exit_on_user_error
-from .args import parse_args, validate_parser
-from .detection_args import detection_parser, with_defaults
+from .command_line import parse_args
+from .detection_flags import detection_flags, with_defaults
 from .device import choose_device, mixed_precision
+from .flags import Flag, build_parser, check_flags
+from .logs import set_up_logging
 from .results import write_results
+from .validate_flags import VALIDATE_FLAGS
 
 __all__ = ['main', 'validate_detection_parser']
 
@@ -41,13 +43,15 @@ _HELP = dict(
     input_size='channels (3), height and width of the input')
 
 
+_OWN = (
+    Flag('--pictures', f'draw {_PICTURES} images with true and found boxes into this picture', str, '', 'FILE'),
+)
+DETECTION_FLAGS = detection_flags(VALIDATE_FLAGS, _FLAGS, _OWN, _DEFAULTS, _HELP)
+
+
 def validate_detection_parser() -> argparse.ArgumentParser:
     """Build the command line of `validate_detection.py`."""
-    parser, group = detection_parser(
-        validate_parser(), 'Measure the average precision of a tiny detector.', _FLAGS, _DEFAULTS, _HELP)
-    group.add_argument('--pictures', type=str, default='', metavar='FILE',
-                       help=f'draw {_PICTURES} images with true and found boxes into this picture')
-    return parser
+    return build_parser('Measure the average precision of a tiny detector.', DETECTION_FLAGS)
 
 
 def _load(args: argparse.Namespace) -> Tuple[Detector, str]:
@@ -77,14 +81,10 @@ def validate() -> None:
     Raises:
         UserError: It cannot be done as it stands; the message says what to change.
     """
-    setup_default_logging()
-    logging.getLogger('timm').setLevel(logging.WARNING)
-    parser = validate_detection_parser()
-    args = parse_args(parser, sys.argv[1:])
-    with_defaults(validate_parser(), args)
-    for dest in ('batch_size', 'log_freq'):
-        if getattr(args, dest) < 1:
-            raise UserError(f'--{dest.replace("_", "-")} must be at least 1, got {getattr(args, dest)}.')
+    set_up_logging()
+    args = parse_args(validate_detection_parser(), sys.argv[1:])
+    with_defaults(VALIDATE_FLAGS, args)
+    check_flags(DETECTION_FLAGS, args)
     for dest in ('results_file', 'pictures'):
         path = getattr(args, dest)
         if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):

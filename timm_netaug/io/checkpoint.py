@@ -7,7 +7,7 @@ import torch.nn as nn
 from timm.models import get_pretrained_cfg, load_state_dict
 from timm.utils import load_checkpoint_metadata
 
-from ..errors import UserError, first_line
+from ..errors import UserError, rewording
 from ..reference import checkpoint_filter_fn, input_config, is_reference
 
 __all__ = ['read_checkpoint', 'read_weights', 'check_finite', 'load_weights', 'count_classes']
@@ -41,11 +41,8 @@ def read_weights(path: str, use_ema: bool = False) -> Dict[str, Any]:
     """
     if not os.path.isfile(path):
         raise UserError(f'There is no checkpoint {path}.')
-    try:
+    with rewording(f'{path} cannot be read as weights, it is truncated or not a checkpoint'):
         state_dict = load_state_dict(path, use_ema=use_ema)
-    except Exception as e:  # whatever torch, pickle or safetensors find wrong in a file
-        raise UserError(
-            f'{path} cannot be read as weights, it is truncated or not a checkpoint: {first_line(e)}.') from e
     if not any(isinstance(t, torch.Tensor) for t in state_dict.values()):
         raise UserError(f'{path} holds no weights, it is not a checkpoint.')
     # timm takes the plain weights where there are no others.
@@ -105,10 +102,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str) -
         UserError: They are broken, or of another model; the message says of what kind.
     """
     own_input = input_config(state_dict)
-    try:
+    with rewording(source, ValueError):
         state_dict = checkpoint_filter_fn(state_dict, model)
-    except ValueError as e:
-        raise UserError(f'{source}: {first_line(e)}.') from e
     check_finite(state_dict, source)
     try:
         model.load_state_dict(state_dict)
@@ -125,10 +120,8 @@ def count_classes(state_dict: Mapping[str, Any], model_name: str) -> Optional[in
     Raises:
         UserError: The model's tag does not exist.
     """
-    try:
+    with rewording(model_name, RuntimeError):
         cfg = get_pretrained_cfg(model_name)
-    except RuntimeError as e:
-        raise UserError(f'{model_name}: {first_line(e)}.') from e
     if is_reference(state_dict):
         return next((t.shape[0] for k, t in state_dict.items() if k.endswith('linear.bias')), None)
     classifier = getattr(cfg, 'classifier', None)

@@ -5,19 +5,20 @@ import logging
 import os
 import tempfile
 from dataclasses import dataclass
-from typing import Any, Iterator, List, Mapping, Optional, Union
+from typing import Any, Iterator, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 from PIL import Image
-from timm.data import ImageDataset, create_dataset
+from timm.data import ImageDataset, MultiLabelTarget, create_dataset
 from timm.data.readers import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import IterableDataset
 
-from ..errors import UserError, first_line
+from ..errors import UserError, rewording
 from .image_folder import label_by_class_folder
+from .label_table import LabelTable
 
-__all__ = ['DataSource', 'class_names', 'check_channels', 'check_split', 'open_dataset', 'watched']
+__all__ = ['DataSource', 'class_names', 'check_channels', 'check_split', 'encode_targets', 'open_dataset', 'watched']
 
 _logger = logging.getLogger(__name__)
 logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)  # it would tell of the same image in every epoch
@@ -159,11 +160,29 @@ def class_names(dataset: Any) -> Optional[List[str]]:
     return [str(name) for name in sorted(index, key=index.get)] if index else None
 
 
-def open_dataset(source: DataSource, split: str, channels: int, **kwargs: Any) -> Any:
+def _mode(channels: int) -> str:
+    return 'RGB' if channels == 3 else 'L'
+
+
+def encode_targets(datasets: Sequence[Any], num_classes: int, target: str) -> None:
+    """Let multi-label data sets return one number for each class.
+
+    Args:
+        datasets: As `open_dataset` returns them.
+        target: See `open_dataset`.
+    """
+    for dataset in datasets if target != 'class' else ():
+        dense = target == 'dense' or isinstance(getattr(dataset, 'reader', None), LabelTable)
+        dataset.target_transform = MultiLabelTarget(num_classes, dense=dense)
+
+
+def open_dataset(source: DataSource, split: str, channels: int, target: str = 'class', **kwargs: Any) -> Any:
     """Open a split of a data set.
 
     Args:
         channels: Of the model's input; images of other than three are read as grey.
+        target: Of an image: its 'class'; or in multi-label data sets the 'indices' of its classes, or a 'dense' vector
+            with one number for each class. Image folders of the latter have a table `labels.csv`.
         kwargs: Further arguments of timm's create_dataset().
 
     Raises:
@@ -180,21 +199,24 @@ def open_dataset(source: DataSource, split: str, channels: int, **kwargs: Any) -
     for module, package in _PACKAGES.get(kind, ()):
         if importlib.util.find_spec(module) is None:
             raise UserError(f'--dataset {name} needs {package}: pip install {package}.')
-    try:
+    if target != 'class' and not name:
+        dataset = ImageDataset(
+            root, reader=LabelTable(root, split), input_img_mode=source.input_img_mode or _mode(channels))
+        WatchedImages.watch(dataset)
+        return dataset
+    with rewording('The data set cannot be opened'):
         dataset = create_dataset(
             name,
             root=root,
             split=split,
             class_map=source.class_map if name or os.path.isfile(root) else None,  # of folders it is read below
             download=source.dataset_download,
-            input_img_mode=source.input_img_mode or ('RGB' if channels == 3 else 'L'),
+            input_img_mode=source.input_img_mode or _mode(channels),
             input_key=source.input_key,
             target_key=source.target_key,
             trust_remote_code=source.dataset_trust_remote_code,
             **kwargs,
         )
-    except Exception as e:  # of timm, and of the packages that it reads data sets with
-        raise UserError(f'The data set cannot be opened: {first_line(e)}.') from e
     if type(getattr(dataset, 'reader', None)) is ReaderImageFolder:
         label_by_class_folder(dataset.reader, source.class_map, source.input_key)
     if type(dataset) is ImageDataset:
@@ -234,7 +256,7 @@ def check_split(dataset: Any, data_dir: str, split: str, required: bool = True) 
             _logger.warning(f'{data_dir} is one archive: the {split} split is all of its images.')
         return
     root = getattr(getattr(dataset, 'reader', None), 'root', None)
-    if root is None:
+    if root is None or isinstance(dataset.reader, LabelTable):
         return
     if os.path.abspath(root) != os.path.abspath(data_dir):
         _check_class_folders(dataset, root)

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -19,7 +19,7 @@ from .checkpoint import load_weights, read_weights
 from .run import RunDescription
 
 __all__ = ['CONFIG', 'WEIGHTS', 'MAX_CONFIG', 'check_config', 'check_numbers', 'copy_files', 'export_folder',
-           'image_mode', 'load_folder']
+           'load_folder', 'sample_fields']
 
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 MAX_CONFIG = 8 << 20  # the names and descriptions of ImageNet-21K's classes have 2 MiB
@@ -71,6 +71,7 @@ def export_folder(
             model_config=dict(
                 label_names=run.class_names,
                 **(dict(input_img_mode=run.input_img_mode) if run.input_img_mode else {}),
+                **(dict(target=run.target) if run.target != 'class' else {}),
                 # What timm's config says of the pretrained weights it knows is not true of these.
                 pretrained_cfg=dict(tag=None, license=None, origin_url=None, paper_ids=None),
                 **(dict(timm_netaug=dict(facts)) if facts else {}),
@@ -88,9 +89,10 @@ def export_folder(
         copy_files(folder, out_dir)
 
 
-def image_mode(folder: Union[str, Path]) -> Optional[str]:
-    """Return Pillow's mode of the images that the model of a folder takes, None where its config names none."""
-    return json.loads(Path(folder, CONFIG).read_text(encoding='utf-8')).get('input_img_mode')
+def sample_fields(folder: Union[str, Path]) -> Dict[str, str]:
+    """Return what the config of a folder says of the model's samples: `input_img_mode` and `target`, where it does."""
+    config = json.loads(Path(folder, CONFIG).read_text(encoding='utf-8'))
+    return {key: config[key] for key in ('input_img_mode', 'target') if key in config}
 
 
 def check_numbers(value: Any, place: str) -> None:

@@ -14,7 +14,7 @@ from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
-from ..errors import UserError, first_line
+from ..errors import UserError, rewording
 
 __all__ = ['label_by_class_folder', 'read_class_map']
 
@@ -33,7 +33,7 @@ def label_by_class_folder(
     counted in a warning. The order is timm's.
 
     Args:
-        class_map: Labels by name, or a text file of the names in label order; empty: the folders in their natural order.
+        class_map: Labels by name, or a text file of the names in label order; empty: the folders in natural order.
         types: File endings that are read, separated by semicolons; None for timm's.
 
     Raises:
@@ -89,10 +89,8 @@ def read_class_map(class_map: Union[str, Mapping[str, int]], root: str) -> Dict[
         return dict(class_map)
     path = class_map if os.path.exists(class_map) else os.path.join(root, class_map)
     if not class_map.endswith('.txt') or not os.path.exists(path):
-        try:
+        with rewording(f'--class-map {class_map}'):
             return dict(load_class_map(class_map, root))
-        except Exception as e:  # whatever timm finds wrong
-            raise UserError(f'--class-map {class_map}: {first_line(e)}.') from e
     with open(path, encoding='utf-8-sig') as f:
         lines: List[str] = [line.strip() for line in f if line.strip()]
     if all(line.split(None, 1)[0] == str(i) and ' ' in line for i, line in enumerate(lines)):

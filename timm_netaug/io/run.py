@@ -24,6 +24,7 @@ class RunDescription:
         netaug: Fields of `NetAugConfig` and `NetAugTraining`, None for a run without NetAug.
         metrics: The metric after every epoch so far.
         input_img_mode: Pillow's mode that images were converted to, None for that of the model's channels.
+        target: What the target of an image was: see `io.data.open_dataset`.
         detector: Fields of `DetectorConfig`, where the model is a detector on the architecture; None for a classifier.
     """
     architecture: str
@@ -35,6 +36,7 @@ class RunDescription:
     netaug: Optional[Dict[str, Any]] = None
     metrics: List[Optional[float]] = field(default_factory=list)
     input_img_mode: Optional[str] = None
+    target: str = 'class'
     detector: Optional[Dict[str, Any]] = None
 
     @classmethod

@@ -3,14 +3,18 @@ import os
 import shutil
 from typing import Any, Dict, Optional
 
+import torch
 from timm.task import TrainingTask
 from timm.utils import CheckpointSaver
 
 from ..errors import UserError, first_line
 from .atomic import atomic_write, flush
-from .checkpoint import check_finite
+from .checkpoint import check_finite, read_checkpoint
 
 __all__ = ['AtomicSaver']
+
+_MILESTONE = 'milestone-'
+_FOR_RESUMING = ('optimizer', 'amp_scaler', 'task_state', 'task_state_ema', 'saver')
 
 
 class _ForOtherTools:
@@ -30,17 +34,26 @@ class _ForOtherTools:
 
 
 class AtomicSaver(CheckpointSaver):
-    """timm's saver, whose `last`, `model_best` and numbered files are complete at every moment.
+    """timm's saver, whose files are complete at every moment.
 
-    `last`, which a run is resumed from, is renamed when all that belongs to its epoch is on disk: a kill in between
-    lets the resumed run do that epoch again, best file and history included.
+    `last`, recovery and milestone files are for resuming: they hold the optimizer's state, and with NetAug the
+    super-network. `model_best` and numbered files hold the weights of the stock model alone, so they are as small as
+    it is. `last` is renamed after all other files of its epoch are on disk. If the process is killed in between, the
+    resumed run does that epoch again, best file and history included.
     """
 
     _late = ()
 
-    def save_checkpoint(self, epoch, metric=None):
+    def save_checkpoint(self, epoch, metric=None, milestone=False):
+        """Save an epoch.
+
+        Args:
+            milestone: Keep a copy of `last`, named by the number of epochs that are done.
+        """
         self._late = []
         result = super().save_checkpoint(epoch, metric)
+        if milestone:
+            self.save_milestone(epoch + 1)
         for src, dst in self._late:
             os.replace(src, dst)
         return result
@@ -80,6 +93,10 @@ class AtomicSaver(CheckpointSaver):
 
     def _duplicate(self, src, dst):
         src = next((temporary for temporary, last in self._late if last == src), src)
+        if not os.path.basename(dst).startswith(_MILESTONE):
+            with atomic_write(dst, 'wb') as f:
+                torch.save({k: v for k, v in read_checkpoint(src).items() if k not in _FOR_RESUMING}, f)
+            return
         temporary = f'{dst}.tmp'
         if os.path.exists(temporary):
             os.unlink(temporary)

@@ -1,0 +1,66 @@
+"""Where a run ends, what it keeps, and how it is continued: --stop-epoch, --save-epochs, --resume auto."""
+import csv
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import run_python
+
+FLAGS = ['--model', 'test_efficientnet', '--img-size', 32, '-b', 60, '-j', 0, '--epochs', 3, '--warmup-epochs', 0,
+         '--netaug', '--experiment', 'run', '--device', 'cpu', '--checkpoint-hist', 1]
+
+
+@pytest.fixture(scope='module')
+def runs(few_digits, tmp_path_factory) -> Path:
+    """A run of three epochs, and the same one that stops after two of them and is continued."""
+    root = tmp_path_factory.mktemp('epochs')
+
+    def train(name, *flags):
+        return run_python('train.py', '--data-dir', few_digits, *FLAGS, '--output', root / name, *flags)
+
+    train('whole', '--save-epochs', 1)
+    train('stopped', '--stop-epoch', 2, '--resume', 'auto')
+    (root / 'stopped.csv').write_text((root / 'stopped/run/summary.csv').read_text())
+    train('stopped', '--resume', 'auto')
+    return root
+
+
+def test_a_stopped_run_goes_on_to_the_last_bit(runs):
+    """The schedule is that of all epochs, also up to the stop."""
+    assert len(list(csv.DictReader((runs / 'stopped.csv').open()))) == 2
+    whole, stopped = (torch.load(runs / f'{name}/run/last.pth.tar', weights_only=False) for name in ('whole', 'stopped'))
+    assert whole['epoch'] == stopped['epoch'] == 2
+    for a, b in zip(whole['task_state']['supernet'].values(), stopped['task_state']['supernet'].values()):
+        assert torch.equal(a, b)
+    assert (runs / 'whole/run/summary.csv').read_text() == (runs / 'stopped/run/summary.csv').read_text()
+
+
+def test_classes_are_counted(runs):
+    """Without --num-classes, the classifier has as many outputs as there are folders."""
+    checkpoint = torch.load(runs / 'whole/run/model_best.pth.tar', weights_only=False)
+    assert checkpoint['args'].num_classes == 10 and len(checkpoint['state_dict']['classifier.bias']) == 10
+
+
+def test_best_and_numbered_files_hold_the_weights_alone(runs, few_digits):
+    """They are small, and stock; `last` and milestones have what a run is continued with."""
+    folder = runs / 'whole/run'
+    numbered, = folder.glob('checkpoint-*')
+    for name in ('model_best.pth.tar', numbered.name):
+        checkpoint = torch.load(folder / name, weights_only=False)
+        assert not {'optimizer', 'task_state', 'saver'} & set(checkpoint)
+        size = sum(t.nbytes for t in checkpoint['state_dict'].values())
+        assert os.path.getsize(folder / name) < size + 200_000 < os.path.getsize(folder / 'last.pth.tar')
+        done = run_python('train.py', '--data-dir', few_digits, *FLAGS, '--output', runs / 'other', '--resume',
+                          folder / name, check=False)
+        assert done.returncode == 1 and 'holds the weights of the model alone' in done.stderr
+        assert str(folder / 'last.pth.tar') in done.stderr and not (runs / 'other').exists()
+    milestone = torch.load(folder / 'milestone-1.pth.tar', weights_only=False)
+    assert milestone['epoch'] == 0 and {'optimizer', 'task_state'} <= set(milestone)
+
+
+def test_auto_needs_a_name(few_digits):
+    flags = [flag for flag in FLAGS if flag not in ('--experiment', 'run')]
+    done = run_python('train.py', '--data-dir', few_digits, *flags, '--resume', 'auto', check=False)
+    assert done.returncode == 1 and '--resume auto needs --experiment' in done.stderr
