@@ -398,7 +398,7 @@ RUN = ['--model', 'test_efficientnet', '--input-size', 3, 64, 96, '-b', 5, '-j',
 def run_dir(voc, tmp_path_factory):
     """A short run with NetAug, the first epochs of it with augmented widths."""
     out = tmp_path_factory.mktemp('runs')
-    run_python('train_detection.py', '--data-dir', voc, *RUN, '--netaug', '--epochs', 4, '--checkpoint-hist', 4,
+    run_python('train_detection.py', '--data-dir', voc, *RUN, '--netaug', '--epochs', 4, '--save-epochs', 2, 3,
                '--model-ema', '--model-ema-decay', 0.5, '--output', out, '--experiment', 'netaug', draw=True)
     return out / 'netaug'
 
@@ -419,12 +419,12 @@ def test_run_folder(run_dir):
 
 
 @needs_metric
-@pytest.mark.parametrize('epoch', [1, 2])
-def test_resumed_run_is_bit_equal(epoch, run_dir, voc, tmp_path):
-    """From an epoch of augmented widths, and from the one after it."""
-    run_python('train_detection.py', '--data-dir', voc, *RUN, '--netaug', '--epochs', 4, '--checkpoint-hist', 4,
+@pytest.mark.parametrize('epochs', [2, 3])
+def test_resumed_run_is_bit_equal(epochs, run_dir, voc, tmp_path):
+    """After the epochs with augmented widths, and after the one behind them."""
+    run_python('train_detection.py', '--data-dir', voc, *RUN, '--netaug', '--epochs', 4, '--save-epochs', 2, 3,
                '--model-ema', '--model-ema-decay', 0.5, '--output', tmp_path, '--experiment', 'resumed',
-               '--resume', run_dir / f'checkpoint-{epoch}.pth.tar')
+               '--resume', run_dir / f'milestone-{epochs}.pth.tar')
     one, other = (torch.load(d / 'last.pth.tar', weights_only=False) for d in (run_dir, tmp_path / 'resumed'))
     assert one['args'].run['metrics'] == other['args'].run['metrics'] and one['epoch'] == other['epoch'] == 3
     for key in ('state_dict', 'state_dict_ema'):
@@ -621,5 +621,5 @@ def test_sizes_against_macs(run_dir, voc, tmp_path):
                       '--sizes', '64x96', '96', '--output', tmp_path / 'sizes', draw=True)
     rows = json.loads((tmp_path / 'sizes.json').read_text())['tiny']
     last = dict(zip(*(line.split(',') for line in ((run_dir / 'summary.csv').read_text().splitlines())[::4])))
-    assert rows[0]['AP50'] == pytest.approx(float(last['eval_AP50'])) and rows[1]['macs'] == 1.5 * rows[0]['macs']
+    assert rows[0]['AP50'] == pytest.approx(float(last['eval_AP50'])) and rows[1]['macs'] == pytest.approx(1.5 * rows[0]['macs'], rel=0.01)
     assert '| tiny | 96 x 96 |' in done.stdout and Image.open(tmp_path / 'sizes.png').width > 500

@@ -55,7 +55,8 @@ _FLAGS = (
     'patience_epochs', 'decay_rate',
     'no_aug', 'hflip', 'vflip', 'color_jitter', 'scale', 'ratio',
     'model_ema', 'model_ema_force_cpu', 'model_ema_decay', 'model_ema_warmup',
-    'seed', 'log_interval', 'val_interval', 'recovery_interval', 'checkpoint_hist', 'workers', 'output', 'experiment',
+    'seed', 'log_interval', 'val_interval', 'recovery_interval', 'checkpoint_hist', 'save_epochs', 'stop_epoch',
+    'workers', 'output', 'experiment',
     'eval_metric', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id',
 )
 # Where the defaults are not those of train.py: what a detector of a few hundred thousand parameters needs.
