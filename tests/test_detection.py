@@ -103,6 +103,16 @@ def test_detectors_that_there_are_not(args, said):
         create_detector(*args)
 
 
+@pytest.mark.parametrize('fields, said', [
+    (dict(interpolation='lanczos'), "one of nearest, bilinear, bicubic, got 'lanczos'."),
+    (dict(mean=(0.5,)), 'mean of a detector must be three numbers'),
+    (dict(class_names=['a']), 'A detector of 3 classes needs as many class names, got 1.'),
+])
+def test_fields_out_of_range(fields, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        create_detector('test_efficientnet', 3, 64, **fields)
+
+
 # Points and boxes
 
 

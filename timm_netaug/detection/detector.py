@@ -24,6 +24,7 @@ __all__ = ['DenseDetector', 'Detector', 'DetectorConfig', 'build_detector', 'cre
 _PRIOR = 0.01  # share of points that are taken for an object before the training (arXiv 1708.02002, section 3.3)
 _FIRST_BOX = 4.0  # sides of the boxes before the training, in anchors: where the range of every level begins
 _DIVISOR = STRIDES[-1]
+_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic')  # that torchvision has for tensors
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,13 @@ class DetectorConfig:
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f'A detector of {self.num_classes} classes needs as many class names, got'
                              f' {len(self.class_names)}.')
+        if self.interpolation not in _INTERPOLATIONS:
+            raise ValueError(f'A detector resizes images by one of {", ".join(_INTERPOLATIONS)}, got'
+                             f' {self.interpolation!r}.')
+        for name in ('mean', 'std'):
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f'{name} of a detector must be three numbers, one for each channel, got'
+                                 f' {getattr(self, name)!r}.')
         values = dict(img_size=size, scale=Fcos.scale_of(size) if self.scale is None else float(self.scale))
         for name in ('class_names', 'mean', 'std'):
             if getattr(self, name) is not None:
