@@ -25,6 +25,7 @@ class RunDescription:
         metrics: The metric after every epoch so far.
         input_img_mode: Pillow's mode that images were converted to, None for that of the model's channels.
         target: What the target of an image was: see `io.data.open_dataset`.
+        detector: Fields of `DetectorConfig`, where the model is a detector on the architecture; None for a classifier.
     """
     architecture: str
     model_args: Dict[str, Any] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class RunDescription:
     metrics: List[Optional[float]] = field(default_factory=list)
     input_img_mode: Optional[str] = None
     target: str = 'class'
+    detector: Optional[Dict[str, Any]] = None
 
     @classmethod
     def from_model(
