@@ -12,7 +12,7 @@ from .info import describe
 __all__ = ['METRICS', 'known_facts', 'model_card']
 
 _FACTS = dict(command=list, processes=int, evaluated_with=list, epoch=int, epochs=int, metrics=dict, images=int,
-              dataset=str, dataset_terms=str, converted_from=str, baseline=dict, baseline_about=str)
+              dataset=str, dataset_terms=str, converted_from=str, netaug=bool, baseline=dict, baseline_about=str)
 METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
 _CITATION = """@inproceedings{cai2022netaug,
   title={Network Augmentation for Tiny Deep Learning},
@@ -69,7 +69,7 @@ def model_card(model: nn.Module, config: Mapping[str, Any], repo: str) -> str:
     """
     facts, cfg = known_facts(config), config['pretrained_cfg']
     command = facts.get('command', [])
-    with_netaug = '--netaug' in command or 'converted_from' in facts
+    with_netaug = '--netaug' in command or ('converted_from' in facts and facts.get('netaug', True))
     name = repo.partition('@')[0].rpartition('/')[2]
     info = describe(model, cfg['input_size'], samples=1)
     size = ' x '.join(map(str, info['input_size']))

@@ -11,9 +11,10 @@ from typing import Any, Dict, Optional, Sequence
 from ..card import known_facts
 from ..errors import UserError, exit_on_user_error
 from ..hub import pull, push
-from ..io.checkpoint import read_checkpoint
+from ..io.checkpoint import read_checkpoint, read_weights
 from ..io.folder import CONFIG
 from ..load import LoadedModel, load_model
+from ..reference import input_config
 from ..bundled import bundled_cfgs, bundled_folder
 from .training_record import training_record, baseline_metrics
 
@@ -36,7 +37,8 @@ def _facts(args: argparse.Namespace, loaded: LoadedModel) -> Dict[str, Any]:
     elif loaded.run is not None:
         facts = training_record(read_checkpoint(args.checkpoint), args.use_ema or None)
     else:
-        facts = dict(converted_from=os.path.basename(args.checkpoint))
+        older = bool(input_config(read_weights(args.checkpoint)))  # the releases before NetAug
+        facts = dict(converted_from=os.path.basename(args.checkpoint), netaug=not older)
     facts.update({k: v for k in ('dataset', 'dataset_terms') if (v := getattr(args, k))})
     if args.baseline:
         facts['baseline'] = baseline_metrics(args.baseline, facts)

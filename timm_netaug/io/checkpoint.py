@@ -8,7 +8,7 @@ from timm.models import get_pretrained_cfg, load_state_dict
 from timm.utils import load_checkpoint_metadata
 
 from ..errors import UserError, first_line
-from ..reference import checkpoint_filter_fn, is_reference
+from ..reference import checkpoint_filter_fn, input_config, is_reference
 
 __all__ = ['read_checkpoint', 'read_weights', 'check_finite', 'load_weights', 'count_classes']
 
@@ -94,7 +94,8 @@ def _misfit(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
-    """Load weights that must be all of the model's, no others, and finite.
+    """Load weights that must be all of the model's, no others, and finite; note the normalisation of their input in
+    the model's config where the file is of a kind that settles it.
 
     Args:
         state_dict: Weights in timm's names, or in those of the reference implementation.
@@ -103,6 +104,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str) -
     Raises:
         UserError: They are broken, or of another model; the message says of what kind.
     """
+    own_input = input_config(state_dict)
     try:
         state_dict = checkpoint_filter_fn(state_dict, model)
     except ValueError as e:
@@ -113,6 +115,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str) -
     except (RuntimeError, TypeError, AttributeError) as e:
         architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
         raise UserError(f'{source} does not fit {architecture}: {_misfit(model, state_dict)}.') from e
+    if own_input:
+        model.pretrained_cfg.update(own_input)
 
 
 def count_classes(state_dict: Mapping[str, Any], model_name: str) -> Optional[int]:
