@@ -98,10 +98,11 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 |---|---|
 | parameters | {info['parameters']:,} |
 | MACs | {info['macs'] / 1e6:,.2f} M |
-| flash, int8 | {info['flash_int8_bytes'] / 1024:,.0f} KiB |
-| peak activations, int8 | {info['peak_activation_int8_bytes'] / 1024:,.0f} KiB, at `{info['peak_layer']}` |
+| flash, int8, estimated | {info['flash_int8_bytes'] / 1024:,.0f} KiB |
+| RAM, int8, estimated | {info['arena_bytes'] / 1024:,.0f} KiB |
+| of which activations | {info['peak_activation_int8_bytes'] / 1024:,.0f} KiB, most at `{info['peak_layer']}` |
 
-Computed for {size}, not measured on a board. {MEMORY_MODEL}""",
+Flash and RAM are for {size}. {MEMORY_MODEL}""",
     ]
     if command:
         processes = facts.get('processes', 1)

@@ -16,7 +16,7 @@ from .errors import UserError
 from .io.data import DataSource, check_channels, check_split, class_names, open_dataset, watched
 from .labels import LabelEvaluator, read_real_labels, read_valid_labels
 
-__all__ = ['evaluate', 'evaluate_model', 'progress_bar']
+__all__ = ['evaluate', 'evaluate_model', 'open_split', 'progress_bar']
 
 _logger = logging.getLogger(__name__)
 _SHORT_OF_MEMORY = ('out of memory', "can't allocate memory", 'alloc_failed')  # CUDA, the CPU, and cuDNN or cuBLAS
@@ -87,12 +87,12 @@ def evaluate(
     return evaluator.compute(distributed=distributed)
 
 
-def _open_split(
+def open_split(
         source: DataSource,
         split: str,
         names: Optional[Sequence[str]],
         num_classes: int,
-        valid_labels: str,
+        valid_labels: str = '',
         **kwargs: Any,
 ) -> Tuple[Any, Optional[List[int]]]:
     """Open a split; returns it with the model's class of each of its labels where these are not the same.
@@ -186,7 +186,7 @@ def evaluate_model(
         UserError: The data set does not fit the model, or there is too little memory.
     """
     device, tf_preprocessing = torch.device(device), loader_args.get('tf_preprocessing', False)
-    dataset, valid = _open_split(
+    dataset, valid = open_split(
         source, split, class_names, num_classes, valid_labels, channels=data_config['input_size'][0],
         num_samples=num_samples, load_bytes=tf_preprocessing)
     files = [sample[0] for sample in getattr(getattr(dataset, 'reader', None), 'samples', ())]

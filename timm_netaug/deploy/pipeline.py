@@ -1,0 +1,187 @@
+"""The deployment of a model: convert, quantise, repair, run, measure, and only then write."""
+import hashlib
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+
+import numpy as np
+
+from ..errors import UserError
+from ..info import describe
+from ..io.atomic import atomic_write
+from ..io.data import DataSource
+from ..load import LoadedModel
+from .c_source import c_header, c_source
+from .images import batches, open_pixels, spread
+from .measure import from_camera, measure
+from .output import captured
+from .packages import require, versions
+from .repair import operator_names, read_model
+from .tflite import to_tflite
+from .tflm import Tflm, reference_outputs
+
+__all__ = ['DeployConfig', 'deploy']
+
+_FILE, _REPORT, _HEADER, _SOURCE = 'model.tflite', 'report.json', 'model.h', 'model.cc'
+
+
+@dataclass(frozen=True)
+class DeployConfig:
+    """How a model is deployed.
+
+    Args:
+        calibration_split: Split that the ranges of the activations are taken from.
+        split: Split that accuracy is measured on.
+        calibration_images: Number of images for calibration.
+        images: Number of images to measure accuracy on, 0 for all of the split.
+        seed: Of the drawing of images.
+        same_kernels: Write convolutions of stride 2 with larger kernels and SAME padding (`rewrite.with_same_kernels`).
+        max_drop: Points of top-1 that int8 may lose.
+        compared_images: Number of images on which the outputs are compared with those of the reference kernels.
+        max_steps: Steps of the int8 output by which they may differ.
+        beside: Other int8 files for the same task, to be measured in the same run.
+    """
+    calibration_split: str = 'train'
+    split: str = 'validation'
+    calibration_images: int = 200
+    images: int = 0
+    seed: int = 0
+    same_kernels: bool = True
+    max_drop: float = 1.0
+    compared_images: int = 32
+    max_steps: int = 1
+    beside: Tuple[str, ...] = ()
+
+
+def _calibration(loaded: LoadedModel, source: DataSource, config: DeployConfig) -> Tuple[np.ndarray, int]:
+    """Return the pixels to calibrate with, and the number of their classes.
+
+    Raises:
+        UserError: There are too few images, or all are of one class.
+    """
+    num_classes = loaded.model.num_classes
+    dataset = open_pixels(source, config.calibration_split, loaded.data_config, num_classes, loaded.class_names)
+    indices, classes = spread(dataset, config.calibration_images, config.seed)
+    if classes < 2 <= num_classes and getattr(getattr(dataset, 'reader', None), 'samples', None):
+        raise UserError(f'All {len(dataset)} images of the {config.calibration_split} split are of one class, and the'
+                        f' model has {num_classes}: the ranges of the activations would be those of that class. Calibrate'
+                        f' with a split of more classes (--calibration-split).')
+    if len(indices) < 10:
+        raise UserError(f'The {config.calibration_split} split has {len(indices)} images, which is too few to calibrate'
+                        f' with: give at least 10, and better 200.')
+    return np.concatenate([pixels for pixels, _ in batches(dataset, indices)]), classes
+
+
+def _compare(data: bytes, file: Tflm, pixels: np.ndarray, max_steps: int) -> int:
+    """Return the largest difference between the outputs of TensorFlow Lite Micro and of the reference kernels, in steps.
+
+    Raises:
+        UserError: It is larger than `max_steps`.
+    """
+    images = from_camera(pixels)
+    found = np.stack([file(image) for image in images]).astype(int)
+    steps = int(np.abs(found - reference_outputs(data, images).astype(int)).max())
+    if steps > max_steps:
+        raise UserError(f'The outputs of TensorFlow Lite Micro differ from those of the reference kernels by {steps} steps'
+                        f' on {len(images)} images, and at most {max_steps} are tolerated: the file is not good, nothing'
+                        f' was written. Report it with the versions of litert-torch, ai-edge-quantizer and tflite-micro.')
+    return steps
+
+
+def _others(files: Sequence[str]) -> Dict[str, Tuple[bytes, Tflm]]:
+    others = {}
+    for path in files:
+        data = Path(path).read_bytes()
+        others[os.path.basename(path)] = data, Tflm(data, path)
+    return others
+
+
+def deploy(
+        loaded: LoadedModel,
+        name: str,
+        out_dir: str,
+        source: DataSource,
+        config: DeployConfig = DeployConfig(),
+        say: Callable[[str], None] = print,
+) -> Dict[str, Any]:
+    """Write `model.tflite`, `model.h`, `model.cc` and `report.json` of a model, when the file has been found to be good.
+
+    Args:
+        loaded: The model, as `load_model` returns it.
+        name: What messages and the report call it.
+        out_dir: Folder for the files.
+        source: Data set with a split to calibrate with and one to measure on.
+        say: Is called with a line for every step.
+
+    Returns:
+        The report: plain data, the contents of `report.json`.
+
+    Raises:
+        UserError: A package is missing, the data set does not fit, an operator has no int8 form, or the file is not good.
+            Nothing has been written.
+    """
+    with captured():  # of warnings about hardware
+        for module in ('litert_torch', 'ai_edge_quantizer.quantizer', 'tflite_micro'):
+            require(module)
+    model, data_config = loaded.model.eval(), loaded.data_config
+    others = _others(config.beside)
+    evaluated = open_pixels(source, config.split, data_config, model.num_classes, loaded.class_names)
+    indices, _ = spread(evaluated, config.images, config.seed)
+    pixels, classes = _calibration(loaded, source, config)
+    info = describe(model, data_config['input_size'], samples=1, same_kernels=config.same_kernels)
+
+    say(f'Converting {name} and calibrating with {len(pixels)} images.')
+    data = to_tflite(model, data_config, pixels, config.same_kernels, name)
+    file = Tflm(data, name)
+    say(f'Comparing TensorFlow Lite Micro with the reference kernels on {config.compared_images} images.')
+    compared = next(batches(evaluated, indices[:config.compared_images], config.compared_images))[0]
+    steps = _compare(data, file, compared, config.max_steps)
+    say(f'Measuring top-1 on {len(indices):,} images.')
+    accuracy = measure(model, file, evaluated, indices, data_config, [other for _, other in others.values()])
+    drop = accuracy.float_top1 - accuracy.int8_top1
+    if drop > config.max_drop:
+        raise UserError(f'The int8 file has {accuracy.int8_top1:.2f} % top-1 and the float model {accuracy.float_top1:.2f}'
+                        f' %, {drop:.2f} points more; {config.max_drop:g} are tolerated, so nothing was written. Calibrate'
+                        f' with images like those of the camera (--calibration-split, --calibration-images), or allow'
+                        f' more with --max-drop.')
+    report = dict(
+        model=name,
+        architecture=info['architecture'],
+        file=_FILE,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        num_classes=model.num_classes,
+        class_names=list(loaded.class_names) if loaded.class_names else None,
+        float_top1=accuracy.float_top1,
+        int8_top1=accuracy.int8_top1,
+        agreement=accuracy.agreement,
+        images=accuracy.images,
+        split=config.split,
+        arena=file.arena().to_dict(),
+        estimate=dict(flash=info['flash_int8_bytes'], arena=info['arena_bytes'],
+                      activations=info['peak_activation_int8_bytes'], persistent=info['persistent_bytes']),
+        operators=dict(Counter(operator_names(read_model(data)))),
+        input=dict(shape=list(file.input_shape), scale=file.input_scale, zero_point=file.input_zero_point),
+        output=dict(scale=file.output_scale, zero_point=file.output_zero_point),
+        calibration=dict(images=len(pixels), classes=classes, split=config.calibration_split, seed=config.seed),
+        same_kernels=config.same_kernels,
+        tflm_against_reference=dict(images=len(compared), steps=steps),
+        beside=[dict(file=path, bytes=len(content), top1=top1, arena=other.arena().to_dict())
+                for (path, (content, other)), top1 in zip(others.items(), accuracy.others)],
+        versions=versions(),
+    )
+    _write(Path(out_dir), data, report)
+    return report
+
+
+def _write(folder: Path, data: bytes, report: Dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {_HEADER: c_header(report), _SOURCE: c_source(data, report), _REPORT: json.dumps(report, indent=2)}
+    with atomic_write(folder / _FILE, 'wb') as f:
+        f.write(data)
+    for file, text in texts.items():
+        with atomic_write(folder / file) as f:
+            f.write(text)
