@@ -25,17 +25,18 @@ __all__ = ['MEMORY_MODEL', 'Costs', 'costs', 'greedy_plan']
 MEMORY_MODEL = (
     'Estimated, not measured: the int8 file and the memory arena of TensorFlow Lite Micro on a 64-bit machine, as'
     ' `python -m timm_netaug deploy` measures them. Flash: int8 weights, 16 bytes per output channel for bias, scale and'
-    " zero point, 271 bytes per operator, without the interpreter's code. Arena: activations at batch 1, layer by layer,"
-    ' as the greedy memory planner of the interpreter places them, and what persists, 8 bytes per output channel and 242'
-    ' per operator. There is neither patch-based execution nor depthwise convolution in place, so these figures are not'
-    " comparable with MCUNet's published ones, which TinyEngine reaches with both."
+    ' zero point, about 300 bytes per layer and 120 per other operator; the code of the interpreter is not counted.'
+    ' Arena: activations at batch 1, layer by layer, as the greedy memory planner of the interpreter places them, and'
+    ' what persists, 8 bytes per output channel, about 260 per layer and 130 per other operator. There is neither'
+    ' patch-based execution nor depthwise convolution in place, so these figures are not comparable with'
+    " MCUNet's published ones, which TinyEngine reaches with both."
 )
 
-# Measured on files of the five netaug_* models (docs/deploy.md).
+# Per output channel by the formats, per operator fitted to files of the five netaug_* models (docs/deploy.md).
 _FLASH_PER_CHANNEL = 16  # int32 bias, float32 scale and int64 zero point of the weights
-_FLASH_PER_OPERATOR = 271  # tables of the flatbuffer: the operator, its tensors, its buffers
+_FLASH_PER_LAYER, _FLASH_PER_OTHER = 302, 119  # tables of the flatbuffer: the operator, its tensors, its buffers
 _PERSISTENT_PER_CHANNEL = 8  # int32 multiplier and shift
-_PERSISTENT_PER_OPERATOR = 242  # structures with 64-bit pointers
+_PERSISTENT_PER_LAYER, _PERSISTENT_PER_OTHER = 264, 130  # structures with 64-bit pointers
 _ALIGNMENT = 16
 
 _LAYERS = ('aten::conv1d', 'aten::conv2d', 'aten::conv3d', 'aten::linear')
@@ -43,7 +44,7 @@ _POOLS = ('aten::max_pool2d', 'aten::avg_pool2d')
 _NORM = 'aten::batch_norm'
 _FUSED = ('aten::relu', 'aten::relu_', 'aten::relu6', 'aten::relu6_', 'aten::hardtanh', 'aten::hardtanh_')
 _CAN_FUSE = (*_LAYERS, 'aten::add', 'aten::add_', 'aten::mul', 'aten::mul_', _NORM)  # take an activation in
-_TWO_OPERATORS = ('aten::hardsigmoid', 'aten::hardsigmoid_', 'aten::silu', 'aten::silu_', _NORM)
+_TWO_OPERATORS = ('aten::silu', 'aten::silu_', _NORM)
 _KEEPS_SCRATCH = ('aten::silu', 'aten::silu_')  # the result of the first of two, while the second runs
 _MEANS = ('aten::mean', 'aten::sum', 'aten::adaptive_avg_pool2d')  # with int32 sums as scratch memory
 _FREE = ('aten::dropout', 'getitem')  # beside views
@@ -63,8 +64,8 @@ class Costs:
 
     Args:
         layers: A row for every operator in the order of execution: `name`, `op`, `shape` (of the output without the
-            batch), `macs` (of convolutions and linear layers), `weight_bytes` (flash) and `live_bytes` (activations that
-            are in memory while it runs).
+            batch), `macs` (of convolutions and linear layers), `weight_bytes` (flash) and `live_bytes` (activations
+            that are in memory while it runs).
         activation_bytes: Memory for activations.
         persistent_bytes: Memory that the interpreter needs besides, as long as it lives.
         flash_bytes: Size of the file.
@@ -130,8 +131,8 @@ def _pair(value: Any) -> Tuple[int, int]:
 
 
 def _window(node: Node, same_kernels: bool) -> Optional[Tuple[List[int], List[int]]]:
-    """Return the kernel of a convolution or pooling of images as it is written into the file, and the height and width
-    of the padded copy of its input that a converter adds, the input's own where none is needed. None for other nodes."""
+    """Return the kernel of a convolution or pooling of images as it is written into the file, and height and width of
+    the padded copy of its input that a converter adds (the input's own where none is needed); None for other nodes."""
     if _op(node) not in ('aten::conv2d', *_POOLS):
         return None
     arguments = _arguments(node)
@@ -157,17 +158,28 @@ class _Walk:
     def __init__(self) -> None:
         self.rows: List[Dict[str, Any]] = []
         self.buffers: List[_Buffer] = []
-        self.operators = 0
-        self.channels = 0
+        self.channels = 0  # of the outputs of layers
+        self.layers = 0  # convolutions and linear layers
+        self.others = 0  # all other operators
 
     def buffer(self, size: int) -> _Buffer:
         now = len(self.rows)
         self.buffers.append(_Buffer(size, now, now))
         return self.buffers[-1]
 
-    def run(self, name: str, op: str, shape: Sequence[int], reads: Sequence[_Buffer], scratch: int = 0,
-            operators: int = 1, macs: int = 0, weight_bytes: int = 0) -> _Buffer:
-        """Add an operator; returns the memory of its output."""
+    def run(
+            self,
+            name: str,
+            op: str,
+            shape: Sequence[int],
+            reads: Sequence[_Buffer],
+            scratch: int = 0,
+            channels: int = 0,
+            others: int = 1,
+            macs: int = 0,
+            weight_bytes: int = 0,
+    ) -> _Buffer:
+        """Add a layer (with `channels`) or `others` operators of another kind; returns the memory of the output."""
         now = len(self.rows)
         for buffer in reads:
             buffer.last = now
@@ -175,7 +187,9 @@ class _Walk:
             self.buffer(scratch)
         output = self.buffer(math.prod(shape))
         self.rows.append(dict(name=name, op=op, shape=list(shape), macs=macs, weight_bytes=weight_bytes))
-        self.operators += operators
+        self.channels += channels
+        self.layers += channels > 0
+        self.others += 0 if channels else others
         return output
 
     def costs(self) -> Costs:
@@ -184,8 +198,10 @@ class _Walk:
         return Costs(
             self.rows,
             greedy_plan([(b.size, b.first, b.last) for b in self.buffers]),
-            _PERSISTENT_PER_CHANNEL * self.channels + _PERSISTENT_PER_OPERATOR * self.operators,
-            sum(row['weight_bytes'] for row in self.rows) + _FLASH_PER_OPERATOR * self.operators,
+            _PERSISTENT_PER_CHANNEL * self.channels + _PERSISTENT_PER_LAYER * self.layers
+            + _PERSISTENT_PER_OTHER * self.others,
+            sum(row['weight_bytes'] for row in self.rows) + _FLASH_PER_LAYER * self.layers
+            + _FLASH_PER_OTHER * self.others,
         )
 
 
@@ -198,8 +214,8 @@ def costs(model: nn.Module, input_size: Sequence[int], same_kernels: bool = True
     Args:
         model: In evaluation mode. It may be on the meta device.
         input_size: Channels, height and width.
-        same_kernels: Whether convolutions of stride 2 are written with larger kernels and SAME padding, as `deploy` does
-            by default.
+        same_kernels: Whether convolutions of stride 2 are written with larger kernels and SAME padding, as `deploy`
+            does by default.
     """
     key = fingerprint(model, [*input_size, same_kernels])
     if key is None:
@@ -219,9 +235,8 @@ def _costs(model: nn.Module, input_size: Sequence[int], same_kernels: bool) -> C
     for node in program.graph.nodes:
         if node.op == 'placeholder' and node.name in program.graph_signature.user_inputs:
             values[node] = walk.run(
-                '(normalise)', 'conv2d', input_size, [walk.buffer(math.prod(input_size))],
+                '(normalise)', 'conv2d', input_size, [walk.buffer(math.prod(input_size))], channels=input_size[0],
                 weight_bytes=input_size[0] * (1 + _FLASH_PER_CHANNEL))
-            walk.channels += input_size[0]
         if node.op == 'output':
             for source in node.all_input_nodes:
                 if source in values:
@@ -258,7 +273,7 @@ def _operator(
     Args:
         counted: Constants that are in the file already: weights that layers share are stored once.
     """
-    shape, macs = _shapes(node)[0], 0
+    shape, macs, channels = _shapes(node)[0], 0, 0
     constants = [n for n in node.all_input_nodes if n.op in ('placeholder', 'get_attr') and _shapes(n)]
     new = [n for n in constants if n not in counted]
     counted.update(new)
@@ -269,14 +284,14 @@ def _operator(
     if op in _LAYERS:
         weight_node = _arguments(node)['weight']
         weight = _shapes(weight_node)[0]
-        macs = math.prod(shape) // weight[0] * math.prod(weight)
+        channels = weight[0]
+        macs = math.prod(shape) // channels * math.prod(weight)
         written = [*weight[:2], *window[0]] if window else weight
-        weight_bytes = weight[0] * _FLASH_PER_CHANNEL + (math.prod(written) if weight_node in new else 0)
-        walk.channels += weight[0]
+        weight_bytes = channels * _FLASH_PER_CHANNEL + (math.prod(written) if weight_node in new else 0)
     elif op == _NORM:
         weight_bytes = 2 * shape[1]
     else:
         weight_bytes = sum(map(_elements, new))
     scratch = math.prod(shape) if op in _KEEPS_SCRATCH else 4 * math.prod(shape) if op in _MEANS else 0
-    return walk.run(_name(node), op.rpartition(':')[2], shape[1:], reads, scratch,
+    return walk.run(_name(node), op.rpartition(':')[2].rstrip('_'), shape[1:], reads, scratch, channels,
                     1 + (op in _TWO_OPERATORS), macs, weight_bytes)

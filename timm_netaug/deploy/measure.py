@@ -62,7 +62,7 @@ def measure(
     """
     counts: Dict[str, int] = dict(float=0, int8=0, agree=0)
     right = [0] * len(others)
-    with tqdm(total=len(indices), desc='Measure', unit='image', leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=len(indices), desc='Measure', unit='image', leave=False, disable=None, dynamic_ncols=True) as bar:
         for pixels, labels in batches(dataset, indices):
             expected = model(normalised(pixels, data_config)).argmax(1).numpy()
             found = np.array([file(image).argmax() for image in from_camera(pixels)])
