@@ -7,12 +7,13 @@ import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCardData
 
 from .costs import MEMORY_MODEL
+from .deploy.report import card_section
 from .info import describe
 
 __all__ = ['METRICS', 'known_facts', 'model_card']
 
 _FACTS = dict(command=list, processes=int, evaluated_with=list, epoch=int, epochs=int, metrics=dict, images=int,
-              dataset=str, dataset_terms=str, converted_from=str, netaug=bool, baseline=dict, baseline_about=str)
+              dataset=str, dataset_terms=str, converted_from=str, netaug=bool, deployed=dict, baseline=dict, baseline_about=str)
 METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
 _CITATION = """@inproceedings{cai2022netaug,
   title={Network Augmentation for Tiny Deep Learning},
@@ -123,6 +124,11 @@ Flash and RAM are for {size}. {MEMORY_MODEL}""",
         split = facts.get('evaluated_with', ['--split', 'validation'])
         line = ['python', 'validate.py', '--data-dir', 'DATA', '--model', f'hf-hub:{repo}', *split]
         parts.append(f'## Metrics\n\n| `{split[-1]}` split{images} | |\n|---|---|\n{rows}\n{_shell(line)}')
+    if facts.get('deployed'):
+        try:
+            parts.append(card_section(facts['deployed']))
+        except (KeyError, TypeError, ValueError, AttributeError):  # of a config that another program has written
+            pass
     parts.append(f'## Citation\n\n```bibtex\n{_CITATION}\n```')
     return '\n\n'.join(parts) + '\n'
 

@@ -24,8 +24,8 @@ __all__ = ['MEMORY_MODEL', 'Costs', 'costs', 'greedy_plan']
 
 MEMORY_MODEL = (
     'Estimated, not measured: the int8 file and the memory arena of TensorFlow Lite Micro on a 64-bit machine, as'
-    ' `python -m timm_netaug deploy` measures them. Flash: int8 weights, 16 bytes per output channel for bias, scale and'
-    ' zero point, about 300 bytes per layer and 120 per other operator; the code of the interpreter is not counted.'
+    ' `python -m timm_netaug deploy` measures them. Flash: int8 weights, 16 bytes per output channel for bias, scale'
+    ' and zero point, about 300 bytes per layer and 120 per other operator; the code of the interpreter is not counted.'
     ' Arena: activations at batch 1, layer by layer, as the greedy memory planner of the interpreter places them, and'
     ' what persists, 8 bytes per output channel, about 260 per layer and 130 per other operator. There is neither'
     ' patch-based execution nor depthwise convolution in place, so these figures are not comparable with'

@@ -39,7 +39,7 @@ def parse_board(sizes: Sequence[str]) -> Board:
 
 
 def _largest_size(model: nn.Module, info: Mapping[str, Any], sram: int, same_kernels: bool) -> Optional[int]:
-    """Return the largest multiple of 8 for height and width whose arena is estimated to fit, None where there is none."""
+    """Return the largest multiple of 8 for height and width whose arena is estimated to fit, None without one."""
     def fits(side: int) -> bool:
         try:
             found = estimate(model, (info['input_size'][0], side, side), same_kernels)

@@ -129,9 +129,10 @@ def describe(
     Returns:
         `architecture`, `input_size`, `num_classes`, `parameters`, `macs` (of convolutions and linear layers),
         `flash_int8_bytes`, `arena_bytes` (RAM), its parts `peak_activation_int8_bytes` and `persistent_bytes`,
-        `peak_layer` (where most activations are in memory), `layers` (see `costs.Costs`), `memory_model`, `netaug` (the super-network's `config`, `parameters`, `fixed` (convolutions that
-        keep their width, and why), `samples` and `mean_macs_ratio` to the
-        tiny model; None where the model cannot be augmented) and `netaug_refusal` (why not).
+        `peak_layer` (where most activations are in memory), `layers` (see `costs.Costs`), `memory_model`, `netaug`
+        (the super-network's `config`, `parameters`, `fixed` (convolutions that keep their width, and why), `samples`
+        and `mean_macs_ratio` to the tiny model; None where the model cannot be augmented) and `netaug_refusal` (why
+        not).
 
     Raises:
         UserError: The model cannot be traced with such an input.

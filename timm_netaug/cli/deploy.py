@@ -1,4 +1,4 @@
-"""A model as an int8 file for microcontrollers: `python -m timm_netaug deploy CHECKPOINT|NAME OUT_DIR --data-dir DATA`."""
+"""A model as an int8 file: `python -m timm_netaug deploy CHECKPOINT|NAME OUT_DIR --data-dir DATA`."""
 import argparse
 import logging
 import time
@@ -22,7 +22,8 @@ def _parser() -> argparse.ArgumentParser:
                     ' running that very file in the interpreter of TensorFlow Lite Micro.')
     default = DeployConfig()
     flag = parser.add_argument
-    flag('source', metavar='CHECKPOINT|NAME', help='checkpoint of train.py, timm model with weights, or exported folder')
+    flag('source', metavar='CHECKPOINT|NAME',
+         help='checkpoint of train.py, exported folder, or timm model with weights')
     flag('out_dir', help='folder for model.tflite, model.h, model.cc and report.json')
     flag('--data-dir', metavar='DIR', required=True, help='root of the data set')
     flag('--dataset', default='', metavar='NAME', help="timm's TYPE/NAME of a data set; empty: image folders")

@@ -17,12 +17,13 @@ def c_header(report: Mapping[str, Any]) -> str:
     operators = sorted(report['operators'])
     adders = '\n'.join(f'//   resolver.{_adder(operator)};' for operator in operators)
     height, width, channels = report['input']['shape']
-    arena = -(-report['arena']['total'] // 16) * 16
+    arena = report['arena']
+    names = 'extern const char* const kClassNames[kNumClasses];' if report['class_names'] else '// Unnamed classes.'
     return f"""// {report['model']}, int8, for TensorFlow Lite Micro. Written by `python -m timm_netaug deploy`.
 //
-// Arena: {report['arena']['total']:,} bytes, of which {report['arena']['activations']:,} are activations. Measured in the
-// interpreter on a 64-bit machine with the reference kernels. On a 32-bit chip, pointers are half as long and the arena
-// is smaller. Kernels with scratch memory of their own, such as those of CMSIS-NN, need more:
+// Arena: {arena['total']:,} bytes, of which {arena['activations']:,} are activations. Measured in the interpreter on a
+// 64-bit machine with the reference kernels. On a 32-bit chip, pointers are half as long and the arena is smaller.
+// Kernels with scratch memory of their own, such as those of CMSIS-NN, need more:
 // tflite::MicroInterpreter::arena_used_bytes() tells, after AllocateTensors().
 //
 //   alignas(16) static uint8_t arena[kTensorArenaSize];
@@ -31,8 +32,8 @@ def c_header(report: Mapping[str, Any]) -> str:
 //   tflite::MicroInterpreter interpreter(tflite::GetModel(g_model), resolver, arena, kTensorArenaSize);
 //   interpreter.AllocateTensors();
 //
-// Input: {height} x {width} pixels of {channels} channel{'s' * (channels > 1)}, row by row, the channels of a pixel side by side.
-// Each value is that of the camera minus 128; the normalisation is in the model:
+// Input: {height} x {width} x {channels} (rows, columns, channels), the channels of a pixel side by side. Each value is
+// that of the camera minus 128; the normalisation is in the model:
 //
 //   for (int i = 0; i < kInputSize; ++i) interpreter.input(0)->data.int8[i] = (int8_t)(camera[i] - 128);
 //   interpreter.Invoke();
@@ -44,7 +45,7 @@ def c_header(report: Mapping[str, Any]) -> str:
 
 #include <cstdint>
 
-constexpr int kTensorArenaSize = {arena};
+constexpr int kTensorArenaSize = {-(-arena['total'] // 16) * 16};
 constexpr int kInputHeight = {height};
 constexpr int kInputWidth = {width};
 constexpr int kInputChannels = {channels};
@@ -53,7 +54,7 @@ constexpr int kNumClasses = {report['num_classes']};
 
 extern const unsigned char g_model[];
 extern const unsigned int g_model_len;
-{'extern const char* const kClassNames[kNumClasses];' if report['class_names'] else '// The names of the classes are not known.'}
+{names}
 
 #endif  // TIMM_NETAUG_MODEL_H_
 """

@@ -72,7 +72,8 @@ def batches(dataset: Any, indices: Sequence[int], size: int = 64) -> Iterator[Tu
     for start in range(0, len(indices), size):
         samples = [dataset[i] for i in indices[start:start + size]]
         getattr(dataset, 'check', lambda: None)()
-        yield np.stack([np.moveaxis(np.asarray(image), 0, -1) for image, _ in samples]), np.array([t for _, t in samples])
+        pixels = [np.moveaxis(np.asarray(image), 0, -1) for image, _ in samples]
+        yield np.stack(pixels), np.array([label for _, label in samples])
 
 
 def normalised(pixels: np.ndarray, data_config: Mapping[str, Any]) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The accuracy of a file beside that of the PyTorch model, and of other files, on the same images in the same run."""
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ def measure(
         indices: Sequence[int],
         data_config: Mapping[str, Any],
         others: Sequence[Tflm] = (),
+        say: Callable[[str], None] = lambda line: None,
 ) -> Accuracy:
     """Compute the top-1 accuracy of a model and of its file.
 
@@ -59,9 +60,10 @@ def measure(
         dataset: See `open_pixels`.
         indices: Of the images.
         others: Further files, which take normalised images.
+        say: Is called with a line of progress now and then, where no bar is shown.
     """
     counts: Dict[str, int] = dict(float=0, int8=0, agree=0)
-    right = [0] * len(others)
+    right, done = [0] * len(others), 0
     with tqdm(total=len(indices), desc='Measure', unit='image', leave=False, disable=None, dynamic_ncols=True) as bar:
         for pixels, labels in batches(dataset, indices):
             expected = model(normalised(pixels, data_config)).argmax(1).numpy()
@@ -70,7 +72,12 @@ def measure(
             counts['int8'] += int((found == labels).sum())
             counts['agree'] += int((expected == found).sum())
             for i, other in enumerate(others):
-                right[i] += sum(int(other(x).argmax() == t) for x, t in zip(quantised(pixels, data_config, other), labels))
+                chosen = [other(image).argmax() for image in quantised(pixels, data_config, other)]
+                right[i] += int((np.array(chosen) == labels).sum())
+            done += len(labels)
             bar.update(len(labels))
+            if bar.disable and done * 10 // len(indices) > (done - len(labels)) * 10 // len(indices):
+                say(f'  {done:,} of {len(indices):,} images, so far float {100 * counts["float"] / done:.2f} %,'
+                    f' int8 {100 * counts["int8"] / done:.2f} %')
     percent = [100 * value / len(indices) for value in (*counts.values(), *right)]
     return Accuracy(*percent[:3], len(indices), percent[3:])

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import numpy as np
+import torch.nn as nn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..info import describe
 from ..io.atomic import atomic_write
 from ..io.data import DataSource
@@ -23,7 +24,7 @@ from .repair import operator_names, read_model
 from .tflite import to_tflite
 from .tflm import Tflm, reference_outputs
 
-__all__ = ['DeployConfig', 'deploy']
+__all__ = ['DeployConfig', 'deploy', 'read_deployment']
 
 _FILE, _REPORT, _HEADER, _SOURCE = 'model.tflite', 'report.json', 'model.h', 'model.cc'
 
@@ -67,8 +68,8 @@ def _calibration(loaded: LoadedModel, source: DataSource, config: DeployConfig) 
     indices, classes = spread(dataset, config.calibration_images, config.seed)
     if classes < 2 <= num_classes and getattr(getattr(dataset, 'reader', None), 'samples', None):
         raise UserError(f'All {len(dataset)} images of the {config.calibration_split} split are of one class, and the'
-                        f' model has {num_classes}: the ranges of the activations would be those of that class. Calibrate'
-                        f' with a split of more classes (--calibration-split).')
+                        f' model has {num_classes}: the ranges of the activations would be those of that class.'
+                        f' Calibrate with a split of more classes (--calibration-split).')
     if len(indices) < 10:
         raise UserError(f'The {config.calibration_split} split has {len(indices)} images, which is too few to calibrate'
                         f' with: give at least 10, and better 200.')
@@ -76,7 +77,7 @@ def _calibration(loaded: LoadedModel, source: DataSource, config: DeployConfig) 
 
 
 def _compare(data: bytes, file: Tflm, pixels: np.ndarray, max_steps: int) -> int:
-    """Return the largest difference between the outputs of TensorFlow Lite Micro and of the reference kernels, in steps.
+    """Return the largest difference between the outputs of TensorFlow Lite Micro and the reference kernels, in steps.
 
     Raises:
         UserError: It is larger than `max_steps`.
@@ -85,9 +86,10 @@ def _compare(data: bytes, file: Tflm, pixels: np.ndarray, max_steps: int) -> int
     found = np.stack([file(image) for image in images]).astype(int)
     steps = int(np.abs(found - reference_outputs(data, images).astype(int)).max())
     if steps > max_steps:
-        raise UserError(f'The outputs of TensorFlow Lite Micro differ from those of the reference kernels by {steps} steps'
-                        f' on {len(images)} images, and at most {max_steps} are tolerated: the file is not good, nothing'
-                        f' was written. Report it with the versions of litert-torch, ai-edge-quantizer and tflite-micro.')
+        raise UserError(f'The outputs of TensorFlow Lite Micro differ from those of the reference kernels by {steps}'
+                        f' steps on {len(images)} images, and at most {max_steps} are tolerated (--max-steps): the file'
+                        f' is not good, nothing was written. Report it with the versions of the packages, which are'
+                        f' {", ".join(f"{k} {v}" for k, v in versions().items())}.')
     return steps
 
 
@@ -107,7 +109,7 @@ def deploy(
         config: DeployConfig = DeployConfig(),
         say: Callable[[str], None] = print,
 ) -> Dict[str, Any]:
-    """Write `model.tflite`, `model.h`, `model.cc` and `report.json` of a model, when the file has been found to be good.
+    """Write `model.tflite`, `model.h`, `model.cc` and `report.json` of a model, if the file is found to be good.
 
     Args:
         loaded: The model, as `load_model` returns it.
@@ -120,8 +122,8 @@ def deploy(
         The report: plain data, the contents of `report.json`.
 
     Raises:
-        UserError: A package is missing, the data set does not fit, an operator has no int8 form, or the file is not good.
-            Nothing has been written.
+        UserError: A package is missing, the data set does not fit, an operator has no int8 form, or the file is not
+            good. Nothing has been written.
     """
     with captured():  # of warnings about hardware
         for module in ('litert_torch', 'ai_edge_quantizer.quantizer', 'tflite_micro'):
@@ -140,19 +142,20 @@ def deploy(
     compared = next(batches(evaluated, indices[:config.compared_images], config.compared_images))[0]
     steps = _compare(data, file, compared, config.max_steps)
     say(f'Measuring top-1 on {len(indices):,} images.')
-    accuracy = measure(model, file, evaluated, indices, data_config, [other for _, other in others.values()])
+    accuracy = measure(model, file, evaluated, indices, data_config, [other for _, other in others.values()], say)
     drop = accuracy.float_top1 - accuracy.int8_top1
     if drop > config.max_drop:
-        raise UserError(f'The int8 file has {accuracy.int8_top1:.2f} % top-1 and the float model {accuracy.float_top1:.2f}'
-                        f' %, {drop:.2f} points more; {config.max_drop:g} are tolerated, so nothing was written. Calibrate'
-                        f' with images like those of the camera (--calibration-split, --calibration-images), or allow'
-                        f' more with --max-drop.')
+        raise UserError(f'The int8 file has {accuracy.int8_top1:.2f} % top-1 and the float model'
+                        f' {accuracy.float_top1:.2f} %, {drop:.2f} points more; {config.max_drop:g} are tolerated, so'
+                        f' nothing was written. Calibrate with images like those of the camera (--calibration-split,'
+                        f' --calibration-images), or allow more with --max-drop.')
     report = dict(
         model=name,
         architecture=info['architecture'],
         file=_FILE,
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
+        weights_sha256=_weights_hash(model),
         num_classes=model.num_classes,
         class_names=list(loaded.class_names) if loaded.class_names else None,
         float_top1=accuracy.float_top1,
@@ -175,6 +178,41 @@ def deploy(
     )
     _write(Path(out_dir), data, report)
     return report
+
+
+def _weights_hash(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_deployment(folder: str, model: nn.Module) -> Tuple[Path, Dict[str, Any]]:
+    """Read what `deploy` has written.
+
+    Args:
+        folder: Of the deployment.
+        model: That must have been deployed.
+
+    Returns:
+        The path of the file, and the report.
+
+    Raises:
+        UserError: The folder holds no deployment, or one of other weights.
+    """
+    file = Path(folder, _FILE)
+    try:
+        report = json.loads(Path(folder, _REPORT).read_text(encoding='utf-8'))
+        whole = hashlib.sha256(file.read_bytes()).hexdigest() == report['sha256']
+        same = _weights_hash(model) == report['weights_sha256']
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f'{folder} is not a folder that `python -m timm_netaug deploy` has written'
+                        f' ({first_line(e)}).') from e
+    if not whole or not same:
+        what = 'its model.tflite is not the one of its report.json' if same else 'it was made of other weights'
+        raise UserError(f'{folder} is not a deployment of this model: {what}. Deploy the model again.')
+    return file, report
 
 
 def _write(folder: Path, data: bytes, report: Dict[str, Any]) -> None:

@@ -9,8 +9,9 @@ def _size(count: int) -> str:
 
 
 def _rows(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
-    arena, estimate, calibration = report['arena'], report['estimate'], report['calibration']
+    arena, estimate, calibrated = report['arena'], report['estimate'], report['calibration']
     check, source, target = report['tflm_against_reference'], report['input'], report['output']
+    shape = ' x '.join(map(str, source['shape']))
     percent, images = '{:.2f} %'.format, f'{report["images"]:,} images of the {report["split"]} split'
     rows = [
         ('top-1, float in PyTorch', f'{percent(report["float_top1"])} of {images}'),
@@ -23,17 +24,18 @@ def _rows(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
         ('  activations, measured', _size(arena['activations'])),
         ('  persistent, measured (64-bit pointers)', _size(arena['persistent'])),
         ('operators', ', '.join(f'{name} {count}' for name, count in sorted(report['operators'].items()))),
-        ('input', f'{" x ".join(map(str, source["shape"]))} int8, the pixel minus 128 (scale {source["scale"]:.6g}, zero'
-                  f' point {source["zero_point"]})'),
+        ('input', f'{shape} int8, the pixel minus 128 (scale {source["scale"]:.6g}, zero point'
+                  f' {source["zero_point"]})'),
         ('output', f'{report["num_classes"]} int8 (scale {target["scale"]:.6g}, zero point {target["zero_point"]})'),
-        ('calibrated with', f'{calibration["images"]} images of {calibration["classes"]} classes, {calibration["split"]}'
-                            f' split, seed {calibration["seed"]}'),
-        ('against the reference kernels', f'{check["steps"]} steps of the output at most, over {check["images"]} images'),
+        ('calibrated with', f'{calibrated["images"]} images of {calibrated["classes"]} classes,'
+                            f' {calibrated["split"]} split, seed {calibrated["seed"]}'),
+        ('against the reference kernels',
+         f'at most {check["steps"]} steps of the output, over {check["images"]} images'),
     ]
     for other in report['beside']:
         rows += [(f'beside it: {other["file"]}',
-                  f'top-1 {percent(other["top1"])}, file {_size(other["bytes"])}, arena {_size(other["arena"]["total"])},'
-                  f' activations {_size(other["arena"]["activations"])}')]
+                  f'top-1 {percent(other["top1"])}, file {_size(other["bytes"])}, arena'
+                  f' {_size(other["arena"]["total"])}, activations {_size(other["arena"]["activations"])}')]
     return rows
 
 
@@ -50,5 +52,6 @@ def card_section(report: Mapping[str, Any]) -> str:
     rows = ''.join(f'| {name.strip()} | {value} |\n' for name, value in _rows(report))
     versions = ', '.join(f'{name} {version}' for name, version in report['versions'].items())
     return (f'## On a microcontroller\n\n`model.tflite` is this model in int8, for TensorFlow Lite Micro. These figures'
-            f' were measured by running that file in its interpreter, with the reference kernels on a 64-bit machine, by'
-            f' `python -m timm_netaug deploy`; no board was used.\n\n| | |\n|---|---|\n{rows}\nVersions: {versions}.')
+            f' were measured by running that file in its interpreter, with the reference kernels on a 64-bit machine,'
+            f' by `python -m timm_netaug deploy`; no board was used.\n\n'
+            f'| | |\n|---|---|\n{rows}\nVersions: {versions}.')

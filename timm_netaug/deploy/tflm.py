@@ -42,8 +42,8 @@ class Tflm:
         arena_size: Bytes of the arena; None for one that is large enough.
 
     Raises:
-        UserError: The interpreter cannot run the file: buffers lie behind the flatbuffer, an operator is missing, or the
-            arena is too small.
+        UserError: The interpreter cannot run the file: buffers lie behind the flatbuffer, an operator is missing, or
+            the arena is too small.
     """
 
     def __init__(self, data: bytes, name: str, arena_size: int = 0) -> None:
