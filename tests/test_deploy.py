@@ -23,7 +23,7 @@ from timm_netaug.deploy.images import batches, normalised, open_pixels, spread
 from timm_netaug.deploy.measure import from_camera
 from timm_netaug.deploy.output import captured
 from timm_netaug.deploy.packages import require
-from timm_netaug.deploy.pipeline import DeployConfig, _calibration
+from timm_netaug.deploy.pipeline import DeployConfig, calibration_pixels
 from timm_netaug.deploy.repair import inline_buffers, outside_buffers, strip
 from timm_netaug.deploy.report import card_section, text_table
 from timm_netaug.deploy.rewrite import on_pixels, with_same_kernels
@@ -252,9 +252,9 @@ def test_calibration_images_of_one_class(pictures, tmp_path):
     (tmp_path / 'train').mkdir()
     (tmp_path / 'train' / 'cat').symlink_to(pictures / 'train' / 'cat')
     with pytest.raises(UserError, match='All 3 images of the train split are of one class, and the model has 10'):
-        _calibration(loaded, DataSource(str(tmp_path)), config)
+        calibration_pixels(loaded, DataSource(str(tmp_path)), config)
     with pytest.raises(UserError, match='has 5 images, which is too few'):
-        _calibration(loaded, DataSource(str(pictures)), config)
+        calibration_pixels(loaded, DataSource(str(pictures)), config)
 
 
 def test_missing_extra(pictures, tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
 """A model as an int8 file: `python -m timm_netaug deploy CHECKPOINT|NAME OUT_DIR --data-dir DATA`."""
 import argparse
+import json
 import logging
 import time
+from functools import partial
 from typing import Optional, Sequence
 
+from ..deploy.onnx import deploy_onnx
 from ..deploy.pipeline import DeployConfig, deploy
 from ..deploy.report import text_table
 from ..errors import UserError, exit_on_user_error
@@ -28,6 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     flag('--data-dir', metavar='DIR', required=True, help='root of the data set')
     flag('--dataset', default='', metavar='NAME', help="timm's TYPE/NAME of a data set; empty: image folders")
     flag('--class-map', default='', metavar='FILE', help='text file of class names in label order')
+    flag('--format', choices=('tflite', 'onnx'), default='tflite',
+         help='onnx writes model.onnx and model_int8.onnx for the tools of chip vendors, which are not run as on a chip'
+              ' (%(default)s)')
     flag('--calibration-split', default=default.calibration_split, metavar='NAME',
          help='split to calibrate with (%(default)s)')
     flag('--split', default=default.split, metavar='NAME', help='split to measure accuracy on (%(default)s)')
@@ -71,7 +77,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         )
         source = DataSource(args.data_dir, dataset=args.dataset, class_map=args.class_map,
                             input_img_mode=loaded.input_img_mode)
-        report = deploy(loaded, args.source, args.out_dir, source, config, lambda line: print(line, flush=True))
+        say = partial(print, flush=True)
+        if args.format == 'onnx':
+            if board or args.beside or args.no_same_kernels:
+                raise UserError('--fits, --beside and --no-same-kernels are for --format tflite: leave them out.')
+            report = deploy_onnx(loaded, args.source, args.out_dir, source, config, say)
+            print(json.dumps(report, indent=2))
+            return
+        report = deploy(loaded, args.source, args.out_dir, source, config, say)
         print(f'\n{text_table(report)}\n\nWritten to {args.out_dir} in {time.monotonic() - start:.0f} s:'
               f' model.tflite, model.h, model.cc, report.json.', flush=True)
         if board:

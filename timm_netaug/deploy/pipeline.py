@@ -24,7 +24,7 @@ from .repair import operator_names, read_model
 from .tflite import to_tflite
 from .tflm import Tflm, reference_outputs
 
-__all__ = ['DeployConfig', 'deploy', 'read_deployment']
+__all__ = ['DeployConfig', 'calibration_pixels', 'check_drop', 'deploy', 'read_deployment']
 
 _FILE, _REPORT, _HEADER, _SOURCE = 'model.tflite', 'report.json', 'model.h', 'model.cc'
 
@@ -57,7 +57,7 @@ class DeployConfig:
     beside: Tuple[str, ...] = ()
 
 
-def _calibration(loaded: LoadedModel, source: DataSource, config: DeployConfig) -> Tuple[np.ndarray, int]:
+def calibration_pixels(loaded: LoadedModel, source: DataSource, config: DeployConfig) -> Tuple[np.ndarray, int]:
     """Return the pixels to calibrate with, and the number of their classes.
 
     Raises:
@@ -91,6 +91,20 @@ def _compare(data: bytes, file: Tflm, pixels: np.ndarray, max_steps: int) -> int
                         f' is not good, nothing was written. Report it with the versions of the packages, which are'
                         f' {", ".join(f"{k} {v}" for k, v in versions().items())}.')
     return steps
+
+
+def check_drop(float_top1: float, int8_top1: float, max_drop: float) -> None:
+    """Refuse an int8 file that loses more points of top-1 than `max_drop`.
+
+    Raises:
+        UserError: It does.
+    """
+    drop = float_top1 - int8_top1
+    if drop > max_drop:
+        raise UserError(f'The int8 file has {int8_top1:.2f} % top-1 and the float model {float_top1:.2f} %, {drop:.2f}'
+                        f' points more; {max_drop:g} are tolerated, so nothing was written. Calibrate with images like'
+                        f' those of the camera (--calibration-split, --calibration-images), or allow more with'
+                        f' --max-drop.')
 
 
 def _others(files: Sequence[str]) -> Dict[str, Tuple[bytes, Tflm]]:
@@ -132,7 +146,7 @@ def deploy(
     others = _others(config.beside)
     evaluated = open_pixels(source, config.split, data_config, model.num_classes, loaded.class_names)
     indices, _ = spread(evaluated, config.images, config.seed)
-    pixels, classes = _calibration(loaded, source, config)
+    pixels, classes = calibration_pixels(loaded, source, config)
     info = describe(model, data_config['input_size'], samples=1, same_kernels=config.same_kernels)
 
     say(f'Converting {name} and calibrating with {len(pixels)} images.')
@@ -143,12 +157,7 @@ def deploy(
     steps = _compare(data, file, compared, config.max_steps)
     say(f'Measuring top-1 on {len(indices):,} images.')
     accuracy = measure(model, file, evaluated, indices, data_config, [other for _, other in others.values()], say)
-    drop = accuracy.float_top1 - accuracy.int8_top1
-    if drop > config.max_drop:
-        raise UserError(f'The int8 file has {accuracy.int8_top1:.2f} % top-1 and the float model'
-                        f' {accuracy.float_top1:.2f} %, {drop:.2f} points more; {config.max_drop:g} are tolerated, so'
-                        f' nothing was written. Calibrate with images like those of the camera (--calibration-split,'
-                        f' --calibration-images), or allow more with --max-drop.')
+    check_drop(accuracy.float_top1, accuracy.int8_top1, config.max_drop)
     report = dict(
         model=name,
         architecture=info['architecture'],
