@@ -86,7 +86,7 @@ def test_names_in_the_docs_are_real():
     known = {s for p in (train_parser(), validate_parser()) for a in p._actions for s in a.option_strings}
     known |= set(re.findall(r"'(--[a-z-]+)'", (ROOT / 'timm_netaug/cli/hub.py').read_text()))
     others = {'--nnodes', '--nproc-per-node', '--rdzv-backend', '--rdzv-endpoint', '--rdzv-id', '--max-restarts',
-              '--layers', '--samples', '--dist'}
+              '--layers', '--samples', '--fits', '--dist'}
     for page, text in PAGES.items():
         flags = set(re.findall(r'(?<![\w-])(--[a-z][a-z0-9-]+)', text)) - others
         assert flags and flags <= known, (page, flags - known)
