@@ -141,7 +141,9 @@ def check_all_int8(data: bytes, name: str) -> None:
     """
     model = read_model(data)
     graph, floating = model.subgraphs[0], _schema().TensorType.FLOAT32
-    for operator, kind in zip(graph.operators, operator_names(model)):
-        if any(graph.tensors[i].type == floating for i in [*operator.inputs, *operator.outputs] if i >= 0):
-            raise UserError(f'{name} has an operator that cannot be quantised to int8, {kind}: it would run in floating'
-                            f' point, which most microcontrollers do too slowly. Replace this operator in the model.')
+    kinds = [kind for operator, kind in zip(graph.operators, operator_names(model))
+             if any(graph.tensors[i].type == floating for i in [*operator.inputs, *operator.outputs] if i >= 0)]
+    if kinds:
+        kind = next((kind for kind in kinds if kind not in ('QUANTIZE', 'DEQUANTIZE')), kinds[0])  # those lie around it
+        raise UserError(f'{name} has an operator that cannot be quantised to int8, {kind}: it would run in floating'
+                        f' point, which most microcontrollers do too slowly. Replace this operator in the model.')

@@ -54,13 +54,13 @@ class Tflm:
                             f' not read: it would compute with random memory, without an error. Write the file with'
                             f' `python -m timm_netaug deploy`, which moves them into the flatbuffer.')
         self.name = name
-        with captured() as output:
+        with captured() as printed:
             try:
                 self._interpreter = runtime.Interpreter.from_bytes(data, arena_size=arena_size or 64 << 20)
             except RuntimeError as e:
                 self._interpreter, error = None, e
         if self._interpreter is None:
-            raise UserError(self._why(output.read().decode(errors='replace'))) from error
+            raise UserError(self._why(''.join(printed))) from error
         details = [self._interpreter.get_input_details(0), self._interpreter.get_output_details(0)]
         for kind, detail in zip(('input', 'output'), details):
             if detail['dtype'] is not np.int8:
@@ -96,9 +96,9 @@ class Tflm:
 
     def arena(self) -> Arena:
         """Return the memory that the interpreter reports, after at least one image."""
-        with captured() as output:
+        with captured() as printed:
             self._interpreter.print_allocations()
-        sizes = dict(re.findall(r'Arena allocation (\w+) (\d+) bytes', output.read().decode(errors='replace')))
+        sizes = dict(re.findall(r'Arena allocation (\w+) (\d+) bytes', ''.join(printed)))
         if not {'head', 'tail'} <= set(sizes):
             raise UserError('TensorFlow Lite Micro did not report its memory as expected: install the version of'
                             ' tflite-micro that the extra [deploy] names.')
