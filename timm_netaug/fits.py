@@ -83,7 +83,8 @@ def check_fits(
         side = _largest_size(model, info, board.sram, same_kernels)
         told.append(
             f'it {how} {arena:,} bytes of RAM with an input of {size}, {arena - board.sram:,} more than {board.sram:,}'
-            f' (most at {info["peak_layer"]}, where {live:,} bytes of activations are in memory); '
+            f' ({info["persistent_bytes"]:,} persist by estimate, and {live:,} of activations are most, at'
+            f' {info["peak_layer"]}); '
             + (f'the largest input that fits, in steps of {_STEP}, is {side} x {side} (--img-size {side})' if side
                else 'no smaller input fits either'))
     if flash > board.flash:
