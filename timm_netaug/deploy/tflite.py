@@ -41,15 +41,13 @@ def _quantise(float_file: bytes, images: np.ndarray, name: str) -> bytes:
     """Quantise weights (per channel) and activations to int8.
 
     The ranges of the activations are their minima and maxima over the calibration images. The quantizer's convenience
-    function takes a moving average instead, whose ranges are those of the last images. The range of the input is 0 to 1
-    whatever the images are, so that its scale is 1 / 255.
+    function takes a moving average instead, whose ranges are those of the last images.
 
     Args:
         images: Pixels divided by 255, of N x H x W x C.
     """
     calibrator = require('ai_edge_quantizer.calibrator')
     quantizer = require('ai_edge_quantizer.quantizer')
-    interpreter = require('ai_edge_litert.interpreter')
     recipe = require('ai_edge_quantizer.recipe').static_wi8_ai8()
     recipes = require('ai_edge_quantizer.recipe_manager').RecipeManager()
     recipes.load_quantization_recipe(recipe)
@@ -58,11 +56,8 @@ def _quantise(float_file: bytes, images: np.ndarray, name: str) -> bytes:
         with captured():
             calibration = calibrator.Calibrator(float_file, num_threads=1, qsv_update_func=min_max_update)
             calibration.calibrate({_SIGNATURE: [{'args_0': image[None]} for image in images]}, recipes)
-            ranges = calibration.get_model_qsvs()
-            source = ranges[interpreter.Interpreter(model_content=float_file).get_input_details()[0]['name']]
-            source.update(min=np.zeros_like(source['min']), max=np.ones_like(source['max']))
             return bytes(quantizer.Quantizer(float_file, recipe).quantize(
-                ranges, enable_progress_report=False).quantized_model)
+                calibration.get_model_qsvs(), enable_progress_report=False).quantized_model)
     except (ValueError, RuntimeError, KeyError, NotImplementedError) as e:
         raise UserError(f'{name} cannot be quantised to int8, ai-edge-quantizer stops with {type(e).__name__}'
                         f' ({first_line(e)[:200]}).') from e
@@ -80,7 +75,8 @@ def to_tflite(
     Args:
         model: A model of images, in evaluation mode, on the CPU.
         data_config: How its input is prepared, in timm's terms.
-        images: Pixels to calibrate with, uint8, N x H x W x C.
+        images: Pixels to calibrate with, uint8, N x H x W x C. A black and a white image are added, so that the scale
+            of the input is 1 / 255.
         same_kernels: Apply `with_same_kernels`.
         name: What messages call the model.
 
@@ -94,6 +90,8 @@ def to_tflite(
     if same_kernels:
         model = with_same_kernels(model, input_size)
     float_file = _to_float(on_pixels(model, data_config), input_size, name)
-    data = repair(_quantise(float_file, images.astype(np.float32) / 255, name))
+    ends = np.stack([np.full_like(images[0], value) for value in (0, 255)])
+    pixels = np.concatenate([ends, images]).astype(np.float32) / 255
+    data = repair(_quantise(float_file, pixels, name))
     check_all_int8(data, name)
     return data
