@@ -197,7 +197,7 @@ def test_command(tmp_path, capsys):
     assert 'layers' not in d
     info.main([path, '--json', '--layers', '--img-size', '32', '--samples', '1'])
     d = json.loads(capsys.readouterr().out)
-    assert d['input_size'] == [1, 32, 32] and d['layers'][0]['name'] == 'conv_stem'
+    assert d['input_size'] == [1, 32, 32] and [row['name'] for row in d['layers'][:2]] == ['(normalise)', 'conv_stem']
 
     export_folder(model, tmp_path / 'folder', run)
     info.main([f'local-dir:{tmp_path / "folder"}', '--samples', '1'])
