@@ -19,7 +19,7 @@ from timm_netaug.load import load_model
 from timm_netaug.bundled import bundled_cfgs
 
 PACKAGE = ROOT / 'timm_netaug'
-COMMANDS = ['export', 'convert', 'hub', 'info']
+COMMANDS = ['export', 'convert', 'hub', 'deploy', 'info']
 RUN = RunDescription('netaug_mcunet', dict(num_classes=10), dict(input_size=(3, 32, 32)), list('0123456789'))
 
 

@@ -569,7 +569,7 @@ def test_readme_loop():
     """The README's training loop, as it stands there."""
     scope = dict(
         loader=[(images(8, 64, seed=i), torch.randint(10, (8,))) for i in range(3)], epochs=2)
-    exec(readme_block('library'), scope)
+    exec(readme_block('library', 'docs/library.md'), scope)
     tiny = scope['tiny']
     assert type(tiny) is timm.models.EfficientNet and tiny.eval()(images(1, 64)).shape == (1, 10)
 

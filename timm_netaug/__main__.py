@@ -9,6 +9,7 @@ _COMMANDS = {
     'export': 'write a checkpoint of train.py as a folder for timm.create_model',
     'convert': "write a .pth file of the NetAug authors as such a folder",
     'hub': 'push a model to the Hugging Face Hub, or pull one',
+    'deploy': 'write an int8 file for microcontrollers, measured by running it',
     'info': 'tell what a model costs on a microcontroller',
 }
 _HELP = '\n'.join([

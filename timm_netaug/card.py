@@ -7,12 +7,14 @@ import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCardData
 
 from .costs import MEMORY_MODEL
+from .deploy.report import card_section
 from .info import describe
 
 __all__ = ['CITATION', 'METRICS', 'known_facts', 'model_card', 'shell_block']
 
 _FACTS = dict(command=list, processes=int, evaluated_with=list, epoch=int, epochs=int, metrics=dict, images=int,
-              dataset=str, dataset_terms=str, converted_from=str, netaug=bool, baseline=dict, baseline_about=str)
+              dataset=str, dataset_terms=str, converted_from=str, netaug=bool, deployed=dict, baseline=dict,
+              baseline_about=str)
 METRICS = {
     'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy', 'map': 'Mean average precision', 'micro_f1': 'F1 (micro)',
     'macro_f1': 'F1 (macro)', 'sample_f1': 'F1 (samples)',
@@ -102,10 +104,11 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 |---|---|
 | parameters | {info['parameters']:,} |
 | MACs | {info['macs'] / 1e6:,.2f} M |
-| flash, int8 | {info['flash_int8_bytes'] / 1024:,.0f} KiB |
-| peak activations, int8 | {info['peak_activation_int8_bytes'] / 1024:,.0f} KiB, at `{info['peak_layer']}` |
+| flash, int8, estimated | {info['flash_int8_bytes'] / 1024:,.0f} KiB |
+| RAM, int8, estimated | {info['arena_bytes'] / 1024:,.0f} KiB |
+| of which activations | {info['peak_activation_int8_bytes'] / 1024:,.0f} KiB, most at `{info['peak_layer']}` |
 
-Computed for {size}, not measured on a board. {MEMORY_MODEL}""",
+Flash and RAM are for {size}. {MEMORY_MODEL}""",
     ]
     if command:
         processes = facts.get('processes', 1)
@@ -126,6 +129,11 @@ Computed for {size}, not measured on a board. {MEMORY_MODEL}""",
         split = facts.get('evaluated_with', ['--split', 'validation'])
         line = ['python', 'validate.py', '--data-dir', 'DATA', '--model', f'hf-hub:{repo}', *split]
         parts.append(f'## Metrics\n\n| `{split[-1]}` split{images} | |\n|---|---|\n{rows}\n{shell_block(line)}')
+    if facts.get('deployed'):
+        try:
+            parts.append(card_section(facts['deployed']))
+        except (KeyError, TypeError, ValueError, AttributeError):  # of a config that another program has written
+            pass
     parts.append(f'## Citation\n\n```bibtex\n{CITATION}\n```')
     return '\n\n'.join(parts) + '\n'
 

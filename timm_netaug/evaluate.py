@@ -25,7 +25,7 @@ from .io.data import (
 )
 from .labels import LabelEvaluator, read_real_labels, read_valid_labels
 
-__all__ = ['evaluate', 'evaluate_model', 'progress_bar', 'to_device']
+__all__ = ['evaluate', 'evaluate_model', 'open_split', 'progress_bar', 'to_device']
 
 _logger = logging.getLogger(__name__)
 _SHORT_OF_MEMORY = ('out of memory', "can't allocate memory", 'alloc_failed')  # CUDA, the CPU, and cuDNN or cuBLAS
@@ -100,12 +100,12 @@ def evaluate(
     return evaluator.compute(distributed=distributed)
 
 
-def _open_split(
+def open_split(
         source: DataSource,
         split: str,
         names: Optional[Sequence[str]],
         num_classes: int,
-        valid_labels: str,
+        valid_labels: str = '',
         **kwargs: Any,
 ) -> Tuple[Any, Optional[List[int]]]:
     """Open a split; returns it with the model's class of each of its labels where these are not the same.
@@ -206,7 +206,7 @@ def evaluate_model(
         UserError: The data set does not fit the model, or there is too little memory.
     """
     device, tf_preprocessing = torch.device(device), loader_args.get('tf_preprocessing', False)
-    dataset, valid = _open_split(
+    dataset, valid = open_split(
         source, split, class_names, num_classes, valid_labels, channels=data_config['input_size'][0],
         num_samples=num_samples, load_bytes=tf_preprocessing, target=target)
     encode_targets([dataset], num_classes, target)

@@ -31,7 +31,8 @@ def _say(text: str) -> None:
 
 
 def _check_out_dir(out_dir: str) -> None:
-    others = set(os.listdir(out_dir)) - {WEIGHTS, CONFIG, CARD} if os.path.isdir(out_dir) else ()
+    known = {WEIGHTS, CONFIG, CARD, 'model.tflite'}
+    others = set(os.listdir(out_dir)) - known if os.path.isdir(out_dir) else ()
     if others:
         raise UserError(f'{out_dir} holds other files ({min(others)}): name an empty folder or a new one.')
 
@@ -144,6 +145,7 @@ def push(
         dry_run: Optional[str] = None,
         data_dir: Optional[str] = None,
         license: Optional[str] = None,
+        files: Sequence[Path] = (),
 ) -> None:
     """Push a model with its config and card as one commit, or write what would be pushed.
 
@@ -155,6 +157,7 @@ def push(
         dry_run: Folder to write to, in place of the push.
         data_dir: Data set to evaluate the model on; its accuracy must be the one in the facts.
         license: Of the weights, as in apache-2.0.
+        files: Further files to push.
 
     Raises:
         UserError: It does not work, the message says why; nothing has been pushed.
@@ -173,6 +176,8 @@ def push(
         else:
             for name in (WEIGHTS, CONFIG):
                 shutil.copyfile(loaded.folder / name, folder / name)
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
         config = _write_config(folder, facts, license)
         parent = None if dry_run else check_target(repo, revision, private, config['architecture'])
         reloaded = load_model(f'local-dir:{folder}', use_test_size=True)

@@ -1,7 +1,7 @@
 """What a model costs: `describe(model)`, which `python -m timm_netaug info NAME|CHECKPOINT` prints.
 
-Parameters and multiply-accumulates, what takes flash and activation memory on a microcontroller (`costs.py` states the
-memory model), and what the model's super-network costs in training.
+Parameters and multiply-accumulates, what it takes of a microcontroller's flash and RAM (`costs.py` states the memory
+model), and what the model's super-network costs in training.
 """
 import copy
 import dataclasses
@@ -13,12 +13,12 @@ import torch.nn as nn
 from timm.data import resolve_input_data_config
 
 from .config import NetAugConfig
-from .costs import MEMORY_MODEL, operators
+from .costs import MEMORY_MODEL, Costs, costs
 from .errors import UserError
 from .supernet import SuperNet, augment, export
 from .trunk import stage_names
 
-__all__ = ['describe', 'stages']
+__all__ = ['describe', 'estimate', 'stages']
 
 
 # A training step is bound by the memory of activations more than by arithmetic. So its estimate weighs a layer by its
@@ -97,11 +97,25 @@ def stages(
     return found
 
 
+def estimate(model: nn.Module, input_size: Sequence[int], same_kernels: bool = True) -> Costs:
+    """Estimate what a stock model costs on a microcontroller; the model is left as it is. See `costs.costs`.
+
+    Raises:
+        UserError: The model cannot be traced with such an input.
+    """
+    try:
+        return costs(copy.deepcopy(model).to('meta').eval(), input_size, same_kernels)
+    except Exception as e:  # whatever a model's code or torch.export find wrong
+        raise UserError(f'{type(model).__name__} cannot be traced with an input of {" x ".join(map(str, input_size))}'
+                        f' ({" ".join(str(e).split())[:200]}): try another size.') from e
+
+
 def describe(
         model: nn.Module,
         input_size: Optional[Sequence[int]] = None,
         config: Optional[NetAugConfig] = None,
         samples: int = 200,
+        same_kernels: bool = True,
 ) -> Dict[str, Any]:
     """Tell what a model costs, as plain data. The model and the global generators are left as they are.
 
@@ -110,13 +124,15 @@ def describe(
         input_size: Channels, height and width; None for the model's own.
         config: Of the super-network that is described; None for the model's defaults.
         samples: Number of augmented sub-networks to average.
+        same_kernels: Estimate the file with the larger kernels that `deploy` writes by default.
 
     Returns:
         `architecture`, `input_size`, `num_classes`, `parameters`, `macs` (of convolutions and linear layers),
-        `flash_int8_bytes`, `peak_activation_int8_bytes`, `peak_layer`, `layers` (see `costs.operators`),
-        `memory_model`, `netaug` (the super-network's `config`, `parameters`, `fixed` (convolutions that
-        keep their width, and why), `samples` and `mean_macs_ratio` to the
-        tiny model; None where the model cannot be augmented) and `netaug_refusal` (why not).
+        `flash_int8_bytes`, `arena_bytes` (RAM), its parts `peak_activation_int8_bytes` and `persistent_bytes`,
+        `peak_layer` (where most activations are in memory), `layers` (see `costs.Costs`), `memory_model`, `netaug`
+        (the super-network's `config`, `parameters`, `fixed` (convolutions that keep their width, and why), `samples`
+        and `mean_macs_ratio` to the tiny model; None where the model cannot be augmented) and `netaug_refusal` (why
+        not).
 
     Raises:
         UserError: The model cannot be traced with such an input.
@@ -128,11 +144,8 @@ def describe(
         input_size = resolve_input_data_config(model, args={})['input_size']
     parameters = sum(p.numel() for p in model.parameters())
     model = copy.deepcopy(model).to('meta').eval()
-    try:
-        rows = operators(model, input_size)
-    except Exception as e:  # whatever a model's code or torch.export find wrong
-        raise UserError(f'{type(model).__name__} cannot be traced with an input of {" x ".join(map(str, input_size))}'
-                        f' ({" ".join(str(e).split())[:200]}): try another size.') from e
+    found = estimate(model, input_size, same_kernels)
+    rows = found.layers
     peak = max(rows, key=lambda row: row['live_bytes'])
     netaug = refusal = None
     try:
@@ -145,8 +158,10 @@ def describe(
         num_classes=getattr(model, 'num_classes', None),
         parameters=parameters,
         macs=sum(row['macs'] for row in rows),
-        flash_int8_bytes=sum(row['weight_bytes'] for row in rows),
-        peak_activation_int8_bytes=peak['live_bytes'],
+        flash_int8_bytes=found.flash_bytes,
+        arena_bytes=found.activation_bytes + found.persistent_bytes,
+        peak_activation_int8_bytes=found.activation_bytes,
+        persistent_bytes=found.persistent_bytes,
         peak_layer=peak['name'],
         layers=rows,
         memory_model=MEMORY_MODEL,

@@ -1,7 +1,7 @@
 """The authors' checkpoints (the tiny models' `.pth` files), carried over to timm's names.
 
-There are two kinds. The NetAug reference implementation names the layers `backbone...` and `head...`. The older files of
-the same authors' ProxylessNAS, Once-for-all and MCUNet releases number the blocks through (`blocks.N...`).
+There are two kinds. The NetAug reference implementation names the layers `backbone...` and `head...`. The older files
+of the same authors' ProxylessNAS, Once-for-all and MCUNet releases number the blocks through (`blocks.N...`).
 """
 from typing import Any, Dict, Mapping
 

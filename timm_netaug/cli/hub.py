@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
 from ..card import known_facts
+from ..deploy.pipeline import read_deployment
 from ..detection.folder import load_trained, read_config
 from ..detection.hub import pull_detector, push_detector
 from ..errors import UserError, exit_on_user_error
@@ -60,15 +61,20 @@ def _push(args: argparse.Namespace) -> None:
                       data_dir=args.data_dir, license=args.license)
         return
     loaded = _load(args)
+    facts, files = _facts(args, loaded), []
+    if args.deployed:
+        file, facts['deployed'] = read_deployment(args.deployed, loaded.model)
+        files = [file]
     push(
         loaded,
         args.repo,
-        _facts(args, loaded),
+        facts,
         revision=args.revision,
         private=args.private,
         dry_run=args.dry_run,
         data_dir=args.data_dir,
         license=args.license,
+        files=files,
     )
 
 
@@ -94,6 +100,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     command.add_argument('--data-dir', metavar='DIR', help='evaluate, and push if the accuracy is the recorded one')
     command.add_argument('--baseline', metavar='CHECKPOINT', help='of the same training without NetAug, for the card')
     command.add_argument('--baseline-about', metavar='TEXT', help='how else it differs, for the card')
+    command.add_argument('--deployed', metavar='DIR', help='folder that `python -m timm_netaug deploy` wrote of the'
+                         ' model: push its int8 file, and put what was measured on the card')
     command.add_argument('--license', metavar='ID', help='of the weights, as in apache-2.0')
     command.add_argument('--dataset-name', dest='dataset', metavar='NAME', help='data set of the training')
     command.add_argument('--dataset-terms', metavar='TEXT', help='its terms of use')

@@ -7,6 +7,7 @@ from ..config import NetAugConfig, split_fields
 from ..detection.detector import Detector
 from ..detection.folder import load_trained
 from ..errors import UserError, exit_on_user_error, rewording
+from ..fits import check_fits, parse_board
 from ..info import describe, stages
 from ..load import LoadedModel, load_model
 
@@ -17,15 +18,21 @@ def _by(size: Sequence[int]) -> str:
     return ' x '.join(map(str, size))
 
 
+def _size(count: int) -> str:
+    return f'{count:,} bytes ({count / 1024:,.1f} KiB)'
+
+
 def _report(info: Dict[str, Any], layers: bool) -> str:
-    flash, peak = info['flash_int8_bytes'], info['peak_activation_int8_bytes']
+    peak = max(row['live_bytes'] for row in info['layers'])
     lines = [
         f'{info["architecture"]}, input {_by(info["input_size"])}, {info["num_classes"]} classes',
         '',
         f'parameters         {info["parameters"]:,}',
         f'MACs               {info["macs"] / 1e6:,.2f} M (convolutions and linear layers)',
-        'flash, int8        {0:,} bytes ({1:,.1f} KiB)'.format(flash, flash / 1024),
-        'activations, int8  {0:,} bytes ({1:,.1f} KiB) at the peak, {2}'.format(peak, peak / 1024, info['peak_layer']),
+        f'flash, int8        {_size(info["flash_int8_bytes"])} estimated',
+        f'RAM, int8          {_size(info["arena_bytes"])} estimated:',
+        f'  activations      {_size(info["peak_activation_int8_bytes"])}, most at {info["peak_layer"]}',
+        f'  persistent       {_size(info["persistent_bytes"])}, with 64-bit pointers',
     ]
     if info['netaug']:
         lines += ['super-network      {parameters:,} parameters; its samples have {mean_macs_ratio:.1f} x the MACs'
@@ -63,6 +70,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--model', metavar='NAME', help='architecture of a file that does not say it')
     parser.add_argument('--img-size', type=int, metavar='N', help="height and width of the input; the model's own")
     parser.add_argument('--num-classes', type=int, metavar='N', help="classes; the model's own")
+    parser.add_argument('--no-same-kernels', action='store_true', help='as for deploy: without its larger kernels')
+    parser.add_argument('--fits', nargs=2, metavar=('SRAM', 'FLASH'), help='exit with an error if the model needs more,'
+                        ' as in --fits 320K 1M')
     parser.add_argument('--layers', action='store_true', help='list every operator')
     parser.add_argument('--json', action='store_true', help='print JSON')
     parser.add_argument('--samples', type=int, default=200, metavar='N', help='augmented networks to average (200)')
@@ -75,6 +85,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             value = getattr(args, flag)
             if value is not None and value < 1:
                 raise UserError(f'--{flag.replace("_", "-")} must be at least 1, got {value}.')
+        board = parse_board(args.fits) if args.fits else None
         detector, _ = load_trained(args.source)
         if detector is not None:
             loaded = _dense(detector, args.img_size)
@@ -87,10 +98,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         fields = {k: getattr(args, f'netaug_{k}') for k in ('width_mults', 'expand_mults', 'divisor')}
         with rewording('--netaug-*', ValueError, whole=True):
             config = NetAugConfig.from_dict({**config, **{k: v for k, v in fields.items() if v is not None}})
-        info = describe(loaded.model, loaded.data_config['input_size'], config, args.samples)
+        info = describe(loaded.model, loaded.data_config['input_size'], config, args.samples,
+                        not args.no_same_kernels)
         if info['netaug']:
             info['netaug']['stages'] = stages(loaded.model, info['layers'], config, min(args.samples, 50))
     if args.json:
         print(json.dumps({k: v for k, v in info.items() if k != 'layers' or args.layers}, indent=2))
     else:
         print(_report(info, args.layers))
+    if board:
+        with exit_on_user_error('timm_netaug info'):
+            check_fits(loaded.model, info, board, same_kernels=not args.no_same_kernels)

@@ -1,0 +1,380 @@
+"""From a model to a file for microcontrollers: rewrites, repairs, sentences; and the chain, where its packages are."""
+import importlib.util
+import json
+import os
+import re
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from PIL import Image
+
+from conftest import MODELS, images, make
+from timm_netaug.card import model_card
+from timm_netaug.cli import deploy as deploy_command
+from timm_netaug.cli import info as info_command
+from timm_netaug.costs import costs, greedy_plan
+from timm_netaug.deploy.c_source import c_header, c_source
+from timm_netaug.deploy.images import batches, normalised, open_pixels, spread
+from timm_netaug.deploy.measure import from_camera
+from timm_netaug.deploy.output import captured
+from timm_netaug.deploy.packages import require
+from timm_netaug.deploy.pipeline import DeployConfig, calibration_pixels, check_drop, read_deployment
+from timm_netaug.deploy.repair import inline_buffers, outside_buffers, strip
+from timm_netaug.deploy.report import card_section, text_table
+from timm_netaug.deploy.rewrite import on_pixels, with_same_kernels
+from timm_netaug.errors import UserError
+from timm_netaug.fits import Board, check_fits, parse_board
+from timm_netaug.info import describe
+from timm_netaug.io.data import DataSource
+from timm_netaug.load import load_model
+
+NAME = 'netaug_mbv2_tiny.netaug_cifar10'
+CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
+HAS_EXTRA = all(map(importlib.util.find_spec, ('litert_torch', 'ai_edge_quantizer', 'tflite_micro')))
+needs_extra = pytest.mark.skipif(not HAS_EXTRA, reason="the packages of [deploy] (1 GB) are not installed")
+REPORT = dict(
+    model='a_model', architecture='netaug_mcunet', file='model.tflite', bytes=20, num_classes=2,
+    class_names=['a "b"', 'c'], float_top1=60.0, int8_top1=59.5, agreement=98.0, images=1000, split='validation',
+    arena=dict(activations=1000, persistent=505, total=1505),
+    estimate=dict(flash=21, arena=1500, activations=1000, persistent=500),
+    operators=dict(CONV_2D=3, FULLY_CONNECTED=1, HARD_SWISH=2),
+    input=dict(shape=[8, 6, 3], scale=1 / 255, zero_point=-128),
+    output=dict(scale=0.25, zero_point=-3), calibration=dict(images=200, classes=2, split='train', seed=0),
+    tflm_against_reference=dict(images=32, steps=0), versions={'tflite-micro': '0'},
+    beside=[dict(file='other.tflite', bytes=30, top1=58.0, arena=dict(activations=1, persistent=2, total=3))])
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    """Images of 32 x 32 pixels with the classes of CIFAR-10: three to train on and two to validate on, of each."""
+    root, random = tmp_path_factory.mktemp('pictures'), np.random.default_rng(0)
+    for split, count in (('train', 3), ('validation', 2)):
+        for name in CLASSES:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                small = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+                Image.fromarray(small).resize((32, 32)).save(root / split / name / f'{i}.png')
+    return root
+
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('size', [64, 72])  # 72 becomes 9 after three halvings, and is padded as SAME from there on
+def test_same_kernels_compute_the_same(name, size):
+    model = make(name).eval().double()
+    rewritten = with_same_kernels(model.float(), (3, size, size)).double()
+    sizes = [tuple(m.kernel_size) for m in rewritten.modules() if type(m) is nn.Conv2d]
+    assert any(k[0] % 2 == 0 for k in sizes) and all(m.kernel_size[0] % 2 for m in model.modules()
+                                                     if isinstance(m, nn.Conv2d))
+    x = images(2, size).double()
+    # Sums of zeros change nothing; 1e-12: another kernel size may be summed in another order.
+    torch.testing.assert_close(rewritten(x), model.double()(x), rtol=0, atol=1e-12)
+
+
+def test_same_kernels_leave_other_convolutions_alone():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 0), nn.Conv2d(4, 4, 3, 1, 1), nn.Conv2d(4, 4, 2, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)).eval()
+    rewritten = with_same_kernels(model, (3, 33, 31))
+    assert [m.kernel_size for m in rewritten] == [(3, 3), (3, 3), (2, 2), (3, 4)]  # of 9 x 8 pixels
+    assert model[3].kernel_size == (3, 3)
+
+
+def test_normalisation_is_in_the_model():
+    model, config = make('netaug_mcunet').eval(), dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    # 1e-4: (x - mean) / std and x * (1 / std) - mean / std round differently
+    torch.testing.assert_close(on_pixels(model, config)(x), model(normalised(pixels, config)), rtol=0, atol=1e-4)
+    assert from_camera(pixels).min() == -128 and from_camera(pixels).max() == 127
+
+
+def flatbuffer():
+    """Objects as the schema's: two convolutions, one of them with its weights behind the flatbuffer (bytes 8 to 12)."""
+    def tensor(buffer, scale):
+        quantization = SimpleNamespace(scale=scale, zeroPoint=[0], min=[1.0], max=[2.0])
+        return SimpleNamespace(name=b'x', buffer=buffer, quantization=quantization, shapeSignature=[1])
+
+    def buffer(data, offset=0, size=0):
+        return SimpleNamespace(data=data, offset=offset, size=size)
+
+    tensors = [tensor(0, [0.1]), tensor(2, [0.1, 0.2]), tensor(3, [0.01, 0.02]), tensor(0, [0.3])]
+    operator = SimpleNamespace(opcodeIndex=0, inputs=[0, 1, 2], outputs=[3])
+    return SimpleNamespace(
+        description=b'x', metadata=[1], metadataBuffer=[1], signatureDefs=[1],
+        buffers=[buffer(None), buffer(b'metadata'), buffer(None, 8, 4), buffer(np.arange(8))],
+        subgraphs=[SimpleNamespace(name=b'main', tensors=tensors, operators=[operator])])
+
+
+def test_buffers_come_into_the_flatbuffer():
+    model, data = flatbuffer(), bytes(range(12))
+    assert outside_buffers(model) == [2]
+    inline_buffers(model, data)
+    assert bytes(model.buffers[2].data) == data[8:] and not outside_buffers(model)
+    with pytest.raises(UserError, match='truncated: buffer 2 ends at byte 12, and the file has 11'):
+        inline_buffers(flatbuffer(), data[:11])
+
+
+def test_what_nothing_reads_is_dropped():
+    model = flatbuffer()
+    strip(model, ['CONV_2D'])
+    graph = model.subgraphs[0]
+    assert model.metadata is model.signatureDefs is graph.name is None and all(t.name is None for t in graph.tensors)
+    assert [t.quantization is None for t in graph.tensors] == [False, False, True, False]  # the bias
+    assert graph.tensors[1].quantization.scale == [0.1, 0.2] and graph.tensors[1].quantization.min is None
+    assert len(model.buffers) == 3 and [t.buffer for t in graph.tensors] == [0, 1, 2, 0]
+    assert model.buffers[1].size == 4
+
+
+def test_greedy_plan():
+    assert greedy_plan([]) == 0 and greedy_plan([(1, 0, 0)]) == 16
+    # The largest one first, from 0; 48 beside it; 32 shares the time of 48 alone, and lies where the largest one was.
+    assert greedy_plan([(64, 0, 1), (48, 1, 2), (32, 2, 3)]) == 112
+    # In no more than 64 bytes live at once, and yet 80: the middle one is placed last, between two that overlap it.
+    assert greedy_plan([(32, 0, 1), (16, 1, 2), (48, 2, 3), (32, 1, 1)]) >= 80
+
+
+@pytest.mark.parametrize('name, activations, persistent', [
+    # Measured in TensorFlow Lite Micro, at the paper's input sizes: with larger kernels for stride 2, and without.
+    ('netaug_mbv2_tiny', (311040, 511680), 73376),
+    ('netaug_mbv2_035', (384000, 629952), 80032),
+    ('netaug_mbv3_035', (204800, 314976), 91328),
+    ('netaug_proxylessnas_035', (217600, 322944), 82256),
+    ('netaug_mcunet', (371712, 397920), 85856),
+])
+def test_estimates_are_what_was_measured(name, activations, persistent):
+    model = timm.create_model(name).to('meta').eval()
+    size = model.pretrained_cfg['input_size']
+    found = [costs(model, size, same_kernels) for same_kernels in (True, False)]
+    assert tuple(c.activation_bytes for c in found) == activations
+    assert found[0].persistent_bytes == pytest.approx(persistent, rel=0.01)
+
+
+@pytest.mark.parametrize('name, flash, activations, persistent', [
+    # Files of the bundled weights at 32 x 32 pixels.
+    ('netaug_mbv2_tiny', 413520, 15360, 65488),
+    ('netaug_mbv2_035', 528336, 15360, 72144),
+    ('netaug_mbv3_035', 977408, 8192, 82768),
+    ('netaug_proxylessnas_035', 637360, 8704, 74384),
+    ('netaug_mcunet', 708624, 12288, 77984),
+])
+def test_estimates_at_32_pixels(name, flash, activations, persistent):
+    found = costs(timm.create_model(name, num_classes=10).to('meta').eval(), (3, 32, 32))
+    assert found.activation_bytes == activations
+    assert (found.flash_bytes, found.persistent_bytes) == pytest.approx((flash, persistent), rel=0.01)
+
+
+@pytest.mark.parametrize('sizes, found', [
+    (['320K', '1M'], (327680, 1048576)), (['327680', '1.5mib'], (327680, 1572864)), (['1kB', '2MB'], (1024, 2097152))])
+def test_sizes_of_boards(sizes, found):
+    board = parse_board(sizes)
+    assert (board.sram, board.flash) == found
+
+
+@pytest.mark.parametrize('size', ['', '320 K', '-1', '0', '1G', 'K'])
+def test_sizes_that_are_none(size):
+    with pytest.raises(UserError, match='--fits: .* is no size of a memory'):
+        parse_board([size, '1M'])
+
+
+def test_what_does_not_fit(capsys):
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 1000))
+    info = describe(model, (3, 64, 64), samples=1)
+    live = 3 * 64 * 64 + 16 * 32 * 32
+    check_fits(model, info, Board(info['arena_bytes'], info['flash_int8_bytes']))
+    with pytest.raises(UserError) as e:
+        check_fits(model, info, Board(info['arena_bytes'] - 1, info['flash_int8_bytes'] - 2))
+    said = str(e.value)
+    assert said.startswith('Sequential does not fit: it is estimated to need')
+    assert f'1 more than {info["arena_bytes"] - 1:,} ({info["persistent_bytes"]:,} persist' in said
+    assert f'{live:,} of activations are most, at 0); the largest input that fits' in said
+    assert 'is 56 x 56 (--img-size 56)' in said and f'2 more than {info["flash_int8_bytes"] - 2:,}' in said
+    assert 'most for 5, 24,000 bytes' in said and '\n' not in said
+    with pytest.raises(UserError, match='it needs 400,000 bytes of RAM.*no smaller input fits either'):
+        check_fits(model, info, Board(500, 1 << 20), dict(arena=400_000, flash=10))
+    with pytest.raises(SystemExit) as e:
+        info_command.main(['test_efficientnet', '--fits', '10K', '1M', '--samples', '1'])
+    assert 'test_efficientnet does not fit' in str(e.value)
+    assert 'parameters' in capsys.readouterr().out  # what is known is printed all the same
+    with pytest.raises(SystemExit, match='--fits: 1G is no size'):
+        info_command.main(['test_efficientnet', '--fits', '1G', '1M'])
+
+
+def test_c_source():
+    data = bytes(range(256)) + b'end'
+    text = c_source(data, REPORT)
+    array = re.search(r'alignas\(16\) const unsigned char g_model\[\] = \{(.*?)\};', text, re.S)[1]
+    assert bytes(int(value, 16) for value in re.findall(r'0x(\w\w)', array)) == data
+    assert f'g_model_len = {len(data)};' in text and '    "a \\"b\\"",\n    "c",\n' in text
+    header = c_header(REPORT)
+    for part in ('kTensorArenaSize = 1520;', 'MicroMutableOpResolver<3> resolver', 'resolver.AddConv2D();',
+                 'resolver.AddFullyConnected();', 'resolver.AddHardSwish();', 'kInputHeight = 8;', 'kInputWidth = 6;',
+                 'kNumClasses = 2;', '(int8_t)(camera[i] - 128)', '0.25 * (value - (-3))'):
+        assert part in header
+    unnamed = dict(REPORT, class_names=None)
+    assert 'kClassNames' not in c_source(data, unnamed) + c_header(unnamed)
+
+
+def test_report_as_text():
+    table, section = text_table(REPORT), card_section(REPORT)
+    for part in ('59.50 %', '1,505 bytes', 'CONV_2D 3', 'other.tflite', 'at most 0 steps', '200 images of 2 classes'):
+        assert part in table and part in section
+    assert section.startswith('## On a microcontroller\n') and 'tflite-micro 0' in section
+
+
+def test_report_on_the_card(tmp_path):
+    loaded = load_model(NAME)
+    config = dict(
+        architecture='netaug_mbv2_tiny', timm_netaug=dict(deployed=REPORT),
+        pretrained_cfg=dict(loaded.data_config, license=None))
+    assert card_section(REPORT) in model_card(loaded.model, config, 'OWNER/NAME')
+    config['timm_netaug']['deployed'] = dict(REPORT, arena='broken')
+    assert 'On a microcontroller' not in model_card(loaded.model, config, 'OWNER/NAME')
+
+
+def test_images_are_spread_over_the_classes(pictures):
+    loaded = load_model(NAME)
+    dataset = open_pixels(DataSource(str(pictures)), 'train', loaded.data_config, 10, loaded.class_names)
+    indices, classes = spread(dataset, 20, 0)
+    assert classes == 10 and np.bincount([dataset.reader.samples[i][1] for i in indices]).tolist() == [2] * 10
+    assert spread(dataset, 20, 0)[0] == indices != spread(dataset, 20, 1)[0]
+    assert spread(dataset, 0, 0)[0] == list(range(30))
+    pixels, labels = next(batches(dataset, [0, 29]))
+    assert pixels.shape == (2, 32, 32, 3) and pixels.dtype == np.uint8 and labels.tolist() == [0, 9]
+    with Image.open(dataset.filename(0, absolute=True)) as image:
+        assert np.array_equal(pixels[0], np.asarray(image))
+
+
+def test_calibration_images_of_one_class(pictures, tmp_path):
+    loaded, config = load_model(NAME), DeployConfig(calibration_images=5)
+    (tmp_path / 'train').mkdir()
+    (tmp_path / 'train' / 'cat').symlink_to(pictures / 'train' / 'cat')
+    with pytest.raises(UserError, match='All 3 images of the train split are of one class, and the model has 10'):
+        calibration_pixels(loaded, DataSource(str(tmp_path)), config)
+    with pytest.raises(UserError, match='has 5 images, which is too few'):
+        calibration_pixels(loaded, DataSource(str(pictures)), config)
+
+
+def test_too_much_lost_is_refused():
+    check_drop(60.0, 59.0, 1.0)
+    with pytest.raises(UserError, match='has 58.90 % top-1 and the float model 60.00 %, 1.10 points more; 1 are'):
+        check_drop(60.0, 58.9, 1.0)
+
+
+def test_missing_extra(pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'litert_torch', None)
+    with pytest.raises(SystemExit) as e:
+        deploy_command.main([NAME, str(tmp_path / 'out'), '--data-dir', str(pictures)])
+    said = str(e.value)
+    assert said.startswith('timm_netaug deploy: error: The package litert_torch cannot be imported')
+    assert "pip install '[deploy]'" in said and '1 GB' in said and 'older than 2.15' in said
+    assert not (tmp_path / 'out').exists() and '\n' not in said
+    with pytest.raises(UserError, match=r"timm_netaug\[onnx\]"):
+        require('no_such_package', 'onnx')
+
+
+@pytest.mark.parametrize('flags, told', [
+    (['--images', '-1'], '--images must be at least 0'), (['--calibration-images', '0'], 'must be at least 1'),
+    (['--max-drop', '-1'], '--max-drop must be at least 0'), (['--fits', '1', 'x'], '--fits: x is no size')])
+def test_flags_out_of_range(flags, told, tmp_path):
+    with pytest.raises(SystemExit, match=told):
+        deploy_command.main([NAME, str(tmp_path / 'out'), '--data-dir', str(tmp_path), *flags])
+
+
+def test_captured(capfd):
+    with captured() as output:
+        os.write(1, b'one ')
+        os.write(2, b'two')
+    os.write(1, b'three')
+    assert output == ['one two'] and capfd.readouterr().out == 'three'
+
+
+@pytest.fixture(scope='module')
+def deployed(pictures, tmp_path_factory):
+    """The folder of a deployment."""
+    out = tmp_path_factory.mktemp('deployed') / 'out'
+    deploy_command.main([
+        NAME, str(out), '--data-dir', str(pictures), '--calibration-images', '30', '--max-drop', '100'])
+    return out
+
+
+@needs_extra
+def test_chain(deployed, pictures, capsys):
+    from timm_netaug.deploy.repair import read_model
+    from timm_netaug.deploy.tflm import Tflm
+    report, data = json.loads((deployed / 'report.json').read_text()), (deployed / 'model.tflite').read_bytes()
+    assert sorted(f.name for f in deployed.iterdir()) == ['model.cc', 'model.h', 'model.tflite', 'report.json']
+    assert report['bytes'] == len(data) and report['class_names'] == CLASSES and report['images'] == 20
+    assert report['tflm_against_reference']['steps'] <= 1 and report['arena']['activations'] == 15360
+    assert report['input'] == dict(shape=[32, 32, 3], scale=pytest.approx(1 / 255), zero_point=-128)
+    for part in ('flash', 'arena'):
+        measured = report['bytes'] if part == 'flash' else report['arena']['total']
+        assert report['estimate'][part] == pytest.approx(measured, rel=0.01)
+    # The file computes what the model does, up to the steps of int8.
+    loaded = load_model(NAME)
+    dataset = open_pixels(DataSource(str(pictures)), 'validation', loaded.data_config, 10, loaded.class_names)
+    pixels, _ = next(batches(dataset, range(20)))
+    file = Tflm(data, 'the file')
+    found = np.stack([file(image) for image in from_camera(pixels)])
+    found = (found.astype(float) - file.output_zero_point) * file.output_scale
+    with torch.inference_mode():
+        logits = loaded.model(normalised(pixels, loaded.data_config)).numpy()
+    assert np.corrcoef(found.ravel(), logits.ravel())[0, 1] > 0.98
+    # A push takes it for this model alone.
+    assert read_deployment(str(deployed), loaded.model) == (deployed / 'model.tflite', report)
+    with pytest.raises(UserError, match='is not a deployment of this model: it was made of other weights'):
+        read_deployment(str(deployed), make('netaug_mbv2_tiny'))
+    with pytest.raises(UserError, match='is not a folder that `python -m timm_netaug deploy` has written'):
+        read_deployment(str(pictures), loaded.model)
+    # All weights are inside the flatbuffer, where a processor can read them as words.
+    assert not outside_buffers(read_model(data))
+    capsys.readouterr()
+    broken = deployed.parent / 'broken.tflite'
+    broken.write_bytes(with_outside_buffer(data))
+    with pytest.raises(SystemExit, match='broken.tflite has 1 buffers behind the flatbuffer, which TensorFlow Lite'):
+        deploy_command.main([NAME, str(deployed.parent / 'x'), '--data-dir', str(pictures), '--beside', str(broken)])
+    assert not (deployed.parent / 'x').exists()
+
+
+def with_outside_buffer(data):
+    """Return a file with its largest buffer behind the flatbuffer, as the quantizer writes it."""
+    import flatbuffers
+    from timm_netaug.deploy.repair import read_model
+    model = read_model(data)
+    largest = max((b for b in model.buffers if b.data is not None), key=lambda b: len(b.data))
+    content, largest.data, largest.offset, largest.size = bytes(largest.data), None, 1 << 30, len(largest.data)
+    for _ in range(2):  # the second time, with the place that the first one has found
+        builder = flatbuffers.Builder(0)
+        builder.Finish(model.Pack(builder), b'TFL3')
+        largest.offset = len(builder.Output())
+    return bytes(builder.Output()) + content
+
+
+@needs_extra
+def test_outside_buffers_are_mended(deployed):
+    from timm_netaug.deploy.repair import repair
+    from timm_netaug.deploy.tflm import Tflm
+    data = (deployed / 'model.tflite').read_bytes()
+    mended = repair(with_outside_buffer(data))
+    x = np.random.default_rng(0).integers(-128, 128, (32, 32, 3), dtype=np.int8)
+    assert np.array_equal(Tflm(mended, 'mended')(x), Tflm(data, 'file')(x)) and len(mended) == len(data)
+    with pytest.raises(UserError, match='not a TensorFlow Lite model'):
+        repair(b'no such file')
+
+
+@needs_extra
+def test_operators_that_int8_does_not_have():
+    from timm_netaug.deploy.tflite import to_tflite
+
+    class Sine(nn.Module):
+        def forward(self, x):
+            return torch.sin(x).mean((2, 3))
+
+    config = dict(input_size=(3, 8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    with pytest.raises(UserError, match='A sine has an operator that cannot be quantised to int8, SIN: '):
+        to_tflite(Sine(), config, np.zeros((2, 8, 8, 3), np.uint8), name='A sine')

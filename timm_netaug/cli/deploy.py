@@ -1,0 +1,93 @@
+"""A model as an int8 file: `python -m timm_netaug deploy CHECKPOINT|NAME OUT_DIR --data-dir DATA`."""
+import argparse
+import json
+import logging
+import time
+from functools import partial
+from typing import Optional, Sequence
+
+from ..deploy.onnx import deploy_onnx
+from ..deploy.pipeline import DeployConfig, deploy
+from ..deploy.report import text_table
+from ..errors import UserError, exit_on_user_error
+from ..fits import check_fits, parse_board
+from ..info import describe
+from ..io.data import DataSource
+from ..load import load_model
+
+__all__ = ['main']
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_netaug deploy',
+        description='Write an int8 .tflite of a model, the same as C++ source, and a report of what was measured by'
+                    ' running that very file in the interpreter of TensorFlow Lite Micro.')
+    default = DeployConfig()
+    flag = parser.add_argument
+    flag('source', metavar='CHECKPOINT|NAME',
+         help='checkpoint of train.py, exported folder, or timm model with weights')
+    flag('out_dir', help='folder for model.tflite, model.h, model.cc and report.json')
+    flag('--data-dir', metavar='DIR', required=True, help='root of the data set')
+    flag('--dataset', default='', metavar='NAME', help="timm's TYPE/NAME of a data set; empty: image folders")
+    flag('--class-map', default='', metavar='FILE', help='text file of class names in label order')
+    flag('--format', choices=('tflite', 'onnx'), default='tflite',
+         help='onnx writes model.onnx and model_int8.onnx for the tools of chip vendors, which are not run as on a chip'
+              ' (%(default)s)')
+    flag('--calibration-split', default=default.calibration_split, metavar='NAME',
+         help='split to calibrate with (%(default)s)')
+    flag('--split', default=default.split, metavar='NAME', help='split to measure accuracy on (%(default)s)')
+    flag('--calibration-images', type=int, default=default.calibration_images, metavar='N',
+         help='images to calibrate with, spread over the classes (%(default)s)')
+    flag('--images', type=int, default=default.images, metavar='N',
+         help='images to measure accuracy on, spread over the classes (all)')
+    flag('--seed', type=int, default=default.seed, metavar='N', help='of the choice of images (%(default)s)')
+    flag('--no-same-kernels', action='store_true',
+         help='leave the kernels of convolutions with stride 2 as they are; their padding takes more memory then')
+    flag('--max-drop', type=float, default=default.max_drop, metavar='POINTS',
+         help='points of top-1 that int8 may lose (%(default)s)')
+    flag('--max-steps', type=int, default=default.max_steps, metavar='N',
+         help='steps by which the outputs may differ from those of the reference kernels (%(default)s)')
+    flag('--beside', nargs='+', default=(), metavar='FILE',
+         help='other int8 .tflite files, which take normalised images, to measure in the same run')
+    flag('--fits', nargs=2, metavar=('SRAM', 'FLASH'),
+         help='exit with an error if the measured arena or file is larger, as in --fits 320K 1M')
+    flag('--model', metavar='NAME', help='architecture of a file that does not say it')
+    flag('--img-size', type=int, metavar='N', help="height and width of the input; the model's own")
+    flag('--use-ema', action='store_true',
+         help='take the moving average of the weights (default where the run validated it)')
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = _parser().parse_args(argv)
+    logging.getLogger('timm').setLevel(logging.ERROR)
+    with exit_on_user_error('timm_netaug deploy'):
+        for name, least in (('calibration_images', 1), ('images', 0), ('max_steps', 0), ('max_drop', 0)):
+            if getattr(args, name) < least:
+                raise UserError(f'--{name.replace("_", "-")} must be at least {least}, got {getattr(args, name)}.')
+        board = parse_board(args.fits) if args.fits else None
+        start = time.monotonic()
+        loaded = load_model(args.source, args.model, args.use_ema or None, flags=dict(img_size=args.img_size))
+        config = DeployConfig(
+            **{k: getattr(args, k) for k in ('calibration_split', 'split', 'calibration_images', 'images', 'seed',
+                                             'max_drop', 'max_steps')},
+            same_kernels=not args.no_same_kernels,
+            beside=tuple(args.beside),
+        )
+        source = DataSource(args.data_dir, dataset=args.dataset, class_map=args.class_map,
+                            input_img_mode=loaded.input_img_mode)
+        say = partial(print, flush=True)
+        if args.format == 'onnx':
+            if board or args.beside or args.no_same_kernels:
+                raise UserError('--fits, --beside and --no-same-kernels are for --format tflite: leave them out.')
+            report = deploy_onnx(loaded, args.source, args.out_dir, source, config, say)
+            print(json.dumps(report, indent=2))
+            return
+        report = deploy(loaded, args.source, args.out_dir, source, config, say)
+        print(f'\n{text_table(report)}\n\nWritten to {args.out_dir} in {time.monotonic() - start:.0f} s:'
+              f' model.tflite, model.h, model.cc, report.json.', flush=True)
+        if board:
+            info = describe(loaded.model, loaded.data_config['input_size'], samples=1, same_kernels=config.same_kernels)
+            measured = dict(arena=report['arena']['total'], flash=report['bytes'])
+            check_fits(loaded.model, info, board, measured, config.same_kernels)

@@ -1,0 +1,234 @@
+"""The deployment of a model: convert, quantise, repair, run, measure, and only then write."""
+import hashlib
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Sequence, Tuple
+
+import numpy as np
+import torch.nn as nn
+
+from ..errors import UserError, first_line
+from ..info import describe
+from ..io.atomic import atomic_write
+from ..io.data import DataSource
+from ..load import LoadedModel
+from .c_source import c_header, c_source
+from .images import batches, open_pixels, spread
+from .measure import from_camera, measure
+from .output import captured
+from .packages import require, versions
+from .repair import operator_names, read_model
+from .tflite import to_tflite
+from .tflm import Tflm, reference_outputs
+
+__all__ = ['DeployConfig', 'calibration_pixels', 'check_drop', 'deploy', 'read_deployment']
+
+_FILE, _REPORT, _HEADER, _SOURCE = 'model.tflite', 'report.json', 'model.h', 'model.cc'
+
+
+@dataclass(frozen=True)
+class DeployConfig:
+    """How a model is deployed.
+
+    Args:
+        calibration_split: Split that the ranges of the activations are taken from.
+        split: Split that accuracy is measured on.
+        calibration_images: Number of images for calibration.
+        images: Number of images to measure accuracy on, 0 for all of the split.
+        seed: Of the drawing of images.
+        same_kernels: Write convolutions of stride 2 with larger kernels and SAME padding (`rewrite.with_same_kernels`).
+        max_drop: Points of top-1 that int8 may lose.
+        compared_images: Number of images on which the outputs are compared with those of the reference kernels.
+        max_steps: Steps of the int8 output by which they may differ.
+        beside: Other int8 files for the same task, to be measured in the same run.
+    """
+    calibration_split: str = 'train'
+    split: str = 'validation'
+    calibration_images: int = 200
+    images: int = 0
+    seed: int = 0
+    same_kernels: bool = True
+    max_drop: float = 1.0
+    compared_images: int = 32
+    max_steps: int = 1
+    beside: Tuple[str, ...] = ()
+
+
+def calibration_pixels(loaded: LoadedModel, source: DataSource, config: DeployConfig) -> Tuple[np.ndarray, int]:
+    """Return the pixels to calibrate with, and the number of their classes.
+
+    Raises:
+        UserError: There are too few images, or all are of one class.
+    """
+    num_classes = loaded.model.num_classes
+    dataset = open_pixels(source, config.calibration_split, loaded.data_config, num_classes, loaded.class_names)
+    indices, classes = spread(dataset, config.calibration_images, config.seed)
+    if classes < 2 <= num_classes and getattr(getattr(dataset, 'reader', None), 'samples', None):
+        raise UserError(f'All {len(dataset)} images of the {config.calibration_split} split are of one class, and the'
+                        f' model has {num_classes}: the ranges of the activations would be those of that class.'
+                        f' Calibrate with a split of more classes (--calibration-split).')
+    if len(indices) < 10:
+        raise UserError(f'The {config.calibration_split} split has {len(indices)} images, which is too few to calibrate'
+                        f' with: give at least 10, and better 200.')
+    return np.concatenate([pixels for pixels, _ in batches(dataset, indices)]), classes
+
+
+def _compare(data: bytes, file: Tflm, pixels: np.ndarray, max_steps: int) -> int:
+    """Return the largest difference between the outputs of TensorFlow Lite Micro and the reference kernels, in steps.
+
+    Raises:
+        UserError: It is larger than `max_steps`.
+    """
+    images = from_camera(pixels)
+    found = np.stack([file(image) for image in images]).astype(int)
+    steps = int(np.abs(found - reference_outputs(data, images).astype(int)).max())
+    if steps > max_steps:
+        raise UserError(f'The outputs of TensorFlow Lite Micro differ from those of the reference kernels by {steps}'
+                        f' steps on {len(images)} images, and at most {max_steps} are tolerated (--max-steps): the file'
+                        f' is not good, nothing was written. Report it with the versions of the packages, which are'
+                        f' {", ".join(f"{k} {v}" for k, v in versions().items())}.')
+    return steps
+
+
+def check_drop(float_top1: float, int8_top1: float, max_drop: float) -> None:
+    """Refuse an int8 file that loses more points of top-1 than `max_drop`.
+
+    Raises:
+        UserError: It does.
+    """
+    drop = float_top1 - int8_top1
+    if drop > max_drop:
+        raise UserError(f'The int8 file has {int8_top1:.2f} % top-1 and the float model {float_top1:.2f} %, {drop:.2f}'
+                        f' points more; {max_drop:g} are tolerated, so nothing was written. Calibrate with images like'
+                        f' those of the camera (--calibration-split, --calibration-images), or allow more with'
+                        f' --max-drop.')
+
+
+def _others(files: Sequence[str]) -> Dict[str, Tuple[bytes, Tflm]]:
+    others = {}
+    for path in files:
+        data = Path(path).read_bytes()
+        others[os.path.basename(path)] = data, Tflm(data, path)
+    return others
+
+
+def deploy(
+        loaded: LoadedModel,
+        name: str,
+        out_dir: str,
+        source: DataSource,
+        config: DeployConfig = DeployConfig(),
+        say: Callable[[str], None] = print,
+) -> Dict[str, Any]:
+    """Write `model.tflite`, `model.h`, `model.cc` and `report.json` of a model, if the file is found to be good.
+
+    Args:
+        loaded: The model, as `load_model` returns it.
+        name: What messages and the report call it.
+        out_dir: Folder for the files.
+        source: Data set with a split to calibrate with and one to measure on.
+        say: Is called with a line for every step.
+
+    Returns:
+        The report: plain data, the contents of `report.json`.
+
+    Raises:
+        UserError: A package is missing, the data set does not fit, an operator has no int8 form, or the file is not
+            good. Nothing has been written.
+    """
+    with captured():  # of warnings about hardware
+        for module in ('litert_torch', 'ai_edge_quantizer.quantizer', 'tflite_micro'):
+            require(module)
+    model, data_config = loaded.model.eval(), loaded.data_config
+    others = _others(config.beside)
+    evaluated = open_pixels(source, config.split, data_config, model.num_classes, loaded.class_names)
+    indices, _ = spread(evaluated, config.images, config.seed)
+    pixels, classes = calibration_pixels(loaded, source, config)
+    info = describe(model, data_config['input_size'], samples=1, same_kernels=config.same_kernels)
+
+    say(f'Converting {name} and calibrating with {len(pixels)} images.')
+    data = to_tflite(model, data_config, pixels, config.same_kernels, name)
+    file = Tflm(data, name)
+    say(f'Comparing TensorFlow Lite Micro with the reference kernels on {config.compared_images} images.')
+    compared = next(batches(evaluated, indices[:config.compared_images], config.compared_images))[0]
+    steps = _compare(data, file, compared, config.max_steps)
+    say(f'Measuring top-1 on {len(indices):,} images.')
+    accuracy = measure(model, file, evaluated, indices, data_config, [other for _, other in others.values()], say)
+    check_drop(accuracy.float_top1, accuracy.int8_top1, config.max_drop)
+    report = dict(
+        model=name,
+        architecture=info['architecture'],
+        file=_FILE,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        weights_sha256=_weights_hash(model),
+        num_classes=model.num_classes,
+        class_names=list(loaded.class_names) if loaded.class_names else None,
+        float_top1=accuracy.float_top1,
+        int8_top1=accuracy.int8_top1,
+        agreement=accuracy.agreement,
+        images=accuracy.images,
+        split=config.split,
+        arena=file.arena().to_dict(),
+        estimate=dict(flash=info['flash_int8_bytes'], arena=info['arena_bytes'],
+                      activations=info['peak_activation_int8_bytes'], persistent=info['persistent_bytes']),
+        operators=dict(Counter(operator_names(read_model(data)))),
+        input=dict(shape=list(file.input_shape), scale=file.input_scale, zero_point=file.input_zero_point),
+        output=dict(scale=file.output_scale, zero_point=file.output_zero_point),
+        calibration=dict(images=len(pixels), classes=classes, split=config.calibration_split, seed=config.seed),
+        same_kernels=config.same_kernels,
+        tflm_against_reference=dict(images=len(compared), steps=steps),
+        beside=[dict(file=path, bytes=len(content), top1=top1, arena=other.arena().to_dict())
+                for (path, (content, other)), top1 in zip(others.items(), accuracy.others)],
+        versions=versions(),
+    )
+    _write(Path(out_dir), data, report)
+    return report
+
+
+def _weights_hash(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_deployment(folder: str, model: nn.Module) -> Tuple[Path, Dict[str, Any]]:
+    """Read what `deploy` has written.
+
+    Args:
+        folder: Of the deployment.
+        model: That must have been deployed.
+
+    Returns:
+        The path of the file, and the report.
+
+    Raises:
+        UserError: The folder holds no deployment, or one of other weights.
+    """
+    file = Path(folder, _FILE)
+    try:
+        report = json.loads(Path(folder, _REPORT).read_text(encoding='utf-8'))
+        whole = hashlib.sha256(file.read_bytes()).hexdigest() == report['sha256']
+        same = _weights_hash(model) == report['weights_sha256']
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f'{folder} is not a folder that `python -m timm_netaug deploy` has written'
+                        f' ({first_line(e)}).') from e
+    if not whole or not same:
+        what = 'its model.tflite is not the one of its report.json' if same else 'it was made of other weights'
+        raise UserError(f'{folder} is not a deployment of this model: {what}. Deploy the model again.')
+    return file, report
+
+
+def _write(folder: Path, data: bytes, report: Dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {_HEADER: c_header(report), _SOURCE: c_source(data, report), _REPORT: json.dumps(report, indent=2)}
+    with atomic_write(folder / _FILE, 'wb') as f:
+        f.write(data)
+    for file, text in texts.items():
+        with atomic_write(folder / file) as f:
+            f.write(text)
