@@ -63,7 +63,7 @@ def test_old_forms(name, argv, said, tmp_path):
     old = run_python('-m', f'timm_netaug.{name}', *argv, cwd=tmp_path, fork=False)
     new = run_python('-m', 'timm_netaug', name, *argv, cwd=tmp_path)
     assert said in old.stdout and old.stdout == new.stdout
-    assert old.stderr == f'`python -m timm_netaug.{name}` is `python -m timm_netaug {name}` now.\n' + new.stderr
+    assert old.stderr == f'`python -m timm_netaug.{name}` is now `python -m timm_netaug {name}`.\n' + new.stderr
 
 
 def test_export_is_a_function_alone():
