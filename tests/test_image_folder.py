@@ -120,7 +120,7 @@ def test_channels():
             return torch.zeros(1, 4, 4), 0
 
     check_channels(Set(), 1)
-    with pytest.raises(UserError, match="The images have 1 channel, the model's input 3: build it with --in-chans 1"):
+    with pytest.raises(UserError, match="The images have 1 channel, but the model's input has 3: add --in-chans 1"):
         check_channels(Set(), 3)
 
 
@@ -141,5 +141,5 @@ def test_archive(folder, caplog):
     dataset = open_dataset(DataSource(str(folder / 'x.tar')), 'train', 3)
     with caplog.at_level(logging.WARNING):
         check_split(dataset, str(folder / 'x.tar'), 'train')
-    assert 'the train split is all of its images' in caplog.text
+    assert 'the train split consists of all of its images' in caplog.text
     assert len(dataset) == 8 and class_names(dataset) is not None and dataset[0][0].mode == 'RGB'

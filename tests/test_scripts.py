@@ -70,7 +70,7 @@ def test_every_flag_of_timm(script, parser, table):
     (['--torchscript', '--torchcompile'], '--torchscript and --torchcompile do not go together'),
     (['--netaug', '--netaug-every', '0'], '--netaug-every must be'),
     (['--netaug', '--netaug-distill', '-1'], '--netaug-distill must be'),
-    (['--netaug', '--netaug-batch-fraction', '0'], '--netaug-batch-fraction is a share'),
+    (['--netaug', '--netaug-batch-fraction', '0'], '--netaug-batch-fraction must be a share'),
     (['--netaug', '--netaug-batch-fraction', '0.5', '--aug-splits', '2'], 'does not go together with --aug-splits'),
     (['--drop-path', '0.1', '--drop-connect', '0.1'], '--drop-connect is the old name'),
     (['--netaug', '--torchcompile', '--grad-checkpointing'], 'do not go together with --netaug: compiled code'),
@@ -535,7 +535,7 @@ def test_one_class_where_more_are_asked_for(few_digits, tmp_path):
     for split in ('train', 'validation'):
         (tmp_path / 'data' / split).mkdir(parents=True)
         (tmp_path / 'data' / split / '7').symlink_to(few_digits / split / '7')
-    said = 'The data set has one class, 7, the model 10: the images of each class go into a folder of their own'
+    said = 'The data set has one class, 7, but the model has 10: put the images of each class into a folder of'
     done = run_python('train.py', '--data-dir', tmp_path / 'data', *SMALL_RUN, '-b', 12, '-j', 0, '--output',
                       tmp_path / 'out', check=False)
     assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr

@@ -181,8 +181,9 @@ def test_valid_labels(run, checkpoint, tmp_path, data, logits):
     rows = np.isin(data.labels, part)
     want = np.array(part)[logits[rows][:, part].argmax(1)] == data.labels[rows]
     assert call('3\n7\n9\n')['top1'] == share(want) and call('3\n7\n9\n')['top5'] == 100
-    for text, said in (('3\n7\n', '2 lines, the data set 3 classes'), ('3\n9\n7\n', 'in its order, which is 3, 7, 9'),
-                       ('3\n7\n10\n', 'from 0 to 9'), ('3\n3\n9\n', 'different ones'), ('3\nx', 'class indices')):
+    for text, said in (('3\n7\n', '2 lines, but the data set has 3 classes'),
+                       ('3\n9\n7\n', 'in its order, which is 3, 7, 9'), ('3\n7\n10\n', 'from 0 to 9'),
+                       ('3\n3\n9\n', 'must be distinct'), ('3\nx', 'class indices')):
         with pytest.raises(UserError, match=said):
             call(text)
 
@@ -211,7 +212,7 @@ def test_real_labels(run, checkpoint, tmp_path, data, logits):
         with pytest.raises(UserError, match=said):
             run(*argv)
     file.write_text(json.dumps([[0]] * len(data.labels)))
-    with pytest.raises(UserError, match='the names that they have in ImageNet'):
+    with pytest.raises(UserError, match='their names in ImageNet'):
         run('--checkpoint', checkpoint, '--real-labels', file)
 
 
@@ -239,7 +240,7 @@ def test_overflow_is_valid_json(run, tmp_path, model):
 
 
 def test_labels_out_of_range_do_not_reach_the_loss():
-    with pytest.raises(UserError, match='labels from 0 to 3, the classes that are evaluated are 3'):
+    with pytest.raises(UserError, match='labels from 0 to 3, but only 3 classes are evaluated'):
         LabelEvaluator(torch.device('cpu')).update(torch.zeros(2, 3), torch.tensor([0, 3]))
 
 
@@ -442,7 +443,7 @@ def test_naflex(run, tmp_path, data, checkpoint):
 def test_tf_preprocessing(run, checkpoint, tmp_path, data, logits):
     """TensorFlow's decoding and resizing are close to PIL's, where it is installed."""
     pytest.importorskip('tensorflow')
-    with pytest.raises(UserError, match='--tf-preprocessing reads JPEG images only'):
+    with pytest.raises(UserError, match='--tf-preprocessing reads only JPEG images'):
         run('--checkpoint', checkpoint, '--tf-preprocessing')
     for file, label in data.files[::5]:
         folder = tmp_path / 'jpeg' / str(label)
@@ -536,7 +537,7 @@ def test_weights_of_another_network(run, model, tmp_path, capsys, monkeypatch):
     assert re.search(r'does not fit netaug_mbv2_tiny: .*of another architecture.*--model',
                      refused(run, capsys, monkeypatch, file, *name)[0])
     torch.save(model.state_dict(), file)
-    assert 'give the number that the file is of with --num-classes' in refused(
+    assert 'set --num-classes to the number in the file' in refused(
         run, capsys, monkeypatch, file, *name, '--num-classes', 7)[0]
     assert '--in-chans' in refused(run, capsys, monkeypatch, file, *name, '--in-chans', 1)[0]
     assert 'name it with --model' in refused(run, capsys, monkeypatch, file)[0]

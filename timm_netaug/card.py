@@ -1,4 +1,4 @@
-"""The model card of a Hub repository, filled from the facts in its `config.json`; what is not known is left out."""
+"""The model card of a Hub repository, filled from the facts in its `config.json`. Unknown facts are left out."""
 import re
 import shlex
 from typing import Any, Dict, List, Mapping
@@ -27,7 +27,7 @@ _CITATION = """@inproceedings{cai2022netaug,
 
 
 def known_facts(config: Mapping[str, Any]) -> Dict[str, Any]:
-    """Return the facts that a `config.json` has, without what is of another kind than ours."""
+    """Return the facts that a `config.json` has about a training, without unknown keys and values of the wrong type."""
     facts = config.get('timm_netaug')
     facts = {k: v for k, v in facts.items() if isinstance(v, _FACTS.get(k, ()))} if isinstance(facts, dict) else {}
     for key in ('command', 'evaluated_with'):
@@ -135,7 +135,7 @@ def _numbers(values: List[float]) -> str:
 
 
 def _shell(words: List[str]) -> str:
-    """Return a block with a command, broken before flags where its lines get long."""
+    """Return a code block with a command, with line breaks before flags where lines would be too long."""
     lines = ['']
     for i, word in enumerate(words):
         flag = word.startswith('--')
