@@ -155,8 +155,8 @@ def test_unreadable_images(workers, few_digits, tmp_path):
         assert said.count(str(file)) == 1, said
     assert '3 of 240 images cannot be read so far' in said and epochs_done(tmp_path / 'few') == 2
     done = run_python('validate.py', '--data-dir', data, '--checkpoint', tmp_path / 'few/last.pth.tar', '-j', workers)
-    assert f'1 of 71 images cannot be read so far, and the next image replaces each of them. Found since the last warning: {broken}' in \
-        done.stdout + done.stderr
+    assert f'1 of 71 images cannot be read so far, and the next image replaces each of them.' \
+           f' Found since the last warning: {broken}' in done.stdout + done.stderr
     for file in files[100:111]:
         truncate(file)
     done = run_python(*command, '--experiment', 'many', check=False)

@@ -315,10 +315,10 @@ def test_names(run, model, checkpoint, tmp_path, capsys, monkeypatch):
     assert not any(n.startswith('vit_small_patch14_dinov2') for n, _ in everything)  # no classifier
     (tmp_path / 'empty').mkdir()
     for argv, said in ((['--model', 'netaug_x*'], 'there is no such model'), (['--model', 'netaug_x'], 'Unknown model'),
-                       (['--model', 'netaug_*', '--checkpoint', checkpoint], 'needs one --model'),
-                       (['--checkpoint', tmp_path / 'out', '--model', names], 'needs one --model'),
+                       (['--model', 'netaug_*', '--checkpoint', checkpoint], 'needs a single model'),
+                       (['--checkpoint', tmp_path / 'out', '--model', names], 'needs a single model'),
                        (['--checkpoint', tmp_path / 'empty'], 'There is no checkpoint .* in the folder'),
-                       (['--model', checkpoint], 'a checkpoint goes to --checkpoint')):
+                       (['--model', checkpoint], 'pass a checkpoint with --checkpoint')):
         with pytest.raises(UserError, match=said):
             run(*argv)
 
