@@ -186,7 +186,7 @@ def test_wrong_number_of_classes(few_digits, tmp_path):
     done = run_python(
         *COMMAND, '--data-dir', few_digits, '--num-classes', 5, '--output', tmp_path / 'out', check=False)
     assert done.returncode == 1 and not (tmp_path / 'out').exists()
-    assert 'The data set has 10 classes, the model 5: add --num-classes 10.' in done.stderr
+    assert 'The data set has 10 classes, but the model has 5: add --num-classes 10.' in done.stderr
 
 
 @pytest.mark.parametrize('netaug', [True, False])

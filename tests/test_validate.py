@@ -207,7 +207,7 @@ def test_real_labels(run, checkpoint, tmp_path, data, logits):
         order = np.argsort(-logits, 1, 'stable')[:, :k]
         want = [bool(set(order[i].tolist()) & set(real[n])) for i, n in zip(keep, numbers) if real[n]]
         assert 0 < len(want) < len(keep) and got[f'top{k}'] == share(want)
-    for text, said in ((json.dumps(real[1:]), 'is not of the'), ('{', 'takes the JSON file'), ('3', 'takes the JSON')):
+    for text, said in ((json.dumps(real[1:]), 'does not fit the'), ('{', 'takes the JSON file'), ('3', 'takes the JSON')):
         file.write_text(text)
         with pytest.raises(UserError, match=said):
             run(*argv)
