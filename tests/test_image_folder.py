@@ -86,7 +86,7 @@ def test_class_maps(folder, content, want):
 
 @pytest.mark.parametrize('content, why', [
     ('dog\ncat\n', 'no entry for the folder class10 of .* and 1 others'),
-    ('dog\ncat\ncat\n', 'the name cat stands there twice'),
+    ('dog\ncat\ncat\n', 'the name cat is listed twice'),
     (None, 'Cannot locate specified class map file'),
 ])
 def test_wrong_class_maps(folder, content, why):

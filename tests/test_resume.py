@@ -197,7 +197,7 @@ def test_checkpoint_of_timms_own_script_is_refused(few_digits, tmp_path):
     done = run_python('train.py', '--data-dir', few_digits, *FLAGS, '--resume', last, '--output', tmp_path / 'out',
                       check=False)
     assert done.returncode == 1 and 'Traceback' not in done.stderr and not (tmp_path / 'out').exists()
-    assert re.search(r'--resume: \S+last.pth.tar is not a checkpoint of this train.py .*: go on from its weights with'
+    assert re.search(r'--resume: \S+last.pth.tar is not a checkpoint of this train.py .*: start from its weights with'
                      r' --initial-checkpoint instead', done.stderr)
 
 

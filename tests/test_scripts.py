@@ -535,15 +535,17 @@ def test_one_class_where_more_are_asked_for(few_digits, tmp_path):
     for split in ('train', 'validation'):
         (tmp_path / 'data' / split).mkdir(parents=True)
         (tmp_path / 'data' / split / '7').symlink_to(few_digits / split / '7')
-    said = 'The data set has one class, 7, but the model has 10: put the images of each class into a folder of'
+    said = 'put the images of each class into a folder of their own'
     done = run_python('train.py', '--data-dir', tmp_path / 'data', *SMALL_RUN, '-b', 12, '-j', 0, '--output',
                       tmp_path / 'out', check=False)
     assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
+    assert 'The data set has one class, 7, and a classifier needs at least two' in done.stderr
     assert not (tmp_path / 'out').exists()
     torch.save(make('test_efficientnet').state_dict(), tmp_path / 'weights.pth')
     done = run_python('validate.py', '--data-dir', tmp_path / 'data', '--model', 'test_efficientnet', '--num-classes',
                       10, '--img-size', 32, '--checkpoint', tmp_path / 'weights.pth', '-j', 0, check=False)
     assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
+    assert 'The data set has one class, 7, but the model has 10' in done.stderr
     assert '--result' not in done.stdout
 
 
