@@ -207,7 +207,7 @@ def test_real_labels(run, checkpoint, tmp_path, data, logits):
         order = np.argsort(-logits, 1, 'stable')[:, :k]
         want = [bool(set(order[i].tolist()) & set(real[n])) for i, n in zip(keep, numbers) if real[n]]
         assert 0 < len(want) < len(keep) and got[f'top{k}'] == share(want)
-    for text, said in ((json.dumps(real[1:]), 'does not fit the'), ('{', 'takes the JSON file'), ('3', 'takes the JSON')):
+    for text, said in ((json.dumps(real[1:]), 'does not fit the'), ('{', 'takes the JSON'), ('3', 'takes the JSON')):
         file.write_text(text)
         with pytest.raises(UserError, match=said):
             run(*argv)
@@ -265,7 +265,7 @@ def test_folder_of_checkpoints(run, model, tmp_path, logits, data, monkeypatch):
         hits_in(logits, data.labels, 1))
     assert by_name['checkpoint-2.pth.tar']['model'] == 'netaug_mcunet'
     assert 'truncated' in by_name['broken-3.pth.tar']['error']
-    assert all('name it with --model' in by_name[f'foreign.{s}']['error'] for s in ('pth', 'safetensors'))
+    assert all('name the model with --model' in by_name[f'foreign.{s}']['error'] for s in ('pth', 'safetensors'))
     top1 = [float(r['top1'] or -1) for r in rows]
     assert top1 == sorted(top1, reverse=True) and [bool(r['error']) for r in rows] == [False, False, True, True, True]
 
@@ -540,7 +540,7 @@ def test_weights_of_another_network(run, model, tmp_path, capsys, monkeypatch):
     assert 'set --num-classes to the number in the file' in refused(
         run, capsys, monkeypatch, file, *name, '--num-classes', 7)[0]
     assert '--in-chans' in refused(run, capsys, monkeypatch, file, *name, '--in-chans', 1)[0]
-    assert 'name it with --model' in refused(run, capsys, monkeypatch, file)[0]
+    assert 'name the model with --model' in refused(run, capsys, monkeypatch, file)[0]
     with pytest.raises(UserError, match='There is no checkpoint /no/such.pth'):
         run('--checkpoint', '/no/such.pth')
     # A super-network in the place of a run's tiny model: both commands say the same.
