@@ -33,8 +33,8 @@ SMALL_RUN = ['--model', 'test_efficientnet', '--num-classes', 10, '--img-size', 
 NETAUG = ['--netaug', '--netaug-width-mults', 1, 1.4, '--netaug-expand-mults', 1, 1.6]
 
 # Files that take longest. They are started first, so that no process is left with one of them while the others are done.
-LONG = ['test_flags.py', 'test_faults.py', 'test_supernet.py', 'test_docs.py', 'test_scripts.py', 'test_wheel.py',
-        'test_resume.py', 'test_distributed.py', 'test_hub.py', 'test_validate.py', 'test_family.py']
+LONG = ['test_flags.py', 'test_supernet.py', 'test_family.py', 'test_graph.py', 'test_scripts.py', 'test_trunk.py',
+        'test_hub.py', 'test_docs.py', 'test_faults.py', 'test_distributed.py', 'test_resume.py', 'test_validate.py']
 
 torch.set_num_threads(1)  # the tensors are small, and CI machines are shared
 

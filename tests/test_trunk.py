@@ -198,8 +198,8 @@ def test_distributed(early, tmp_path):
 @pytest.mark.parametrize('early', [False, True], ids=['one backward pass', 'early'])
 def test_compiled(early):
     """The tiny pass is compiled once, whatever the augmented one's widths."""
-    want = step(supernet_of())
-    supernet = supernet_of()
+    want = step(supernet_of('test_efficientnet', 2))
+    supernet = supernet_of('test_efficientnet', 2)
     task = NetAugTask(supernet, verbose=False, early_backward=early)
     graphs = []
 
@@ -210,7 +210,7 @@ def test_compiled(early):
     task.compile(backend=backend)
     for _ in range(2):
         supernet.zero_grad()
-        supernet.load_state_dict(supernet_of().state_dict())
+        supernet.load_state_dict(supernet_of('test_efficientnet', 2).state_dict())
         task.start_update(0)
         result = task(X, Y)
         result['loss'].backward()
