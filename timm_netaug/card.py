@@ -113,7 +113,7 @@ Computed for {size}, not measured on a board. {MEMORY_MODEL}""",
         done = f'{facts["epoch"]} of {facts["epochs"]} epochs' if {'epoch', 'epochs'} <= set(facts) else ''
         parts.append('## Training\n\n' + _shell([*program, 'train.py', '--data-dir', 'DATA', *command]) + (
             f'\n\nThe weights are those after {done}. ' if done else '\n\n')
-            + 'Flags that are not there have the defaults of `train.py`.')
+            + 'Flags that are not listed have the defaults of `train.py`.')
     if facts.get('dataset'):
         terms = f': {facts["dataset_terms"]}' if facts.get('dataset_terms') else ''
         parts.append(f'## Data\n\n{facts["dataset"]}{terms}')

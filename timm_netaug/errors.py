@@ -1,4 +1,4 @@
-"""Errors that users can mend, and how a command reports them."""
+"""Errors in a user's input, and how a command reports them."""
 import difflib
 import sys
 from contextlib import contextmanager

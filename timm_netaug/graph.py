@@ -208,7 +208,7 @@ class _Tracer(TorchDispatchMode):
         elastic = ELASTIC.get(type(self.modules[layer]))
         why = elastic.refusal(self.modules[layer]) if elastic else 'is not supported'
         if not why and 'forward' in vars(self.modules[layer]):
-            why = 'has a forward method of its own'
+            why = 'has a forward method of its own'  # on the instance, so its class does not show what it computes
         if why:
             self.refuse(why, layer)
         for t in inputs:

@@ -1,7 +1,7 @@
 """Elastic layers: stock layers over larger tensors, of which a forward pass uses the leading slice.
 
-A layer reads as many channels as its input has. Only a dense convolution has to be told how many channels to write
-(`active_out`). So the widths of a whole network are set at its convolutions, and every other layer follows.
+A layer reads as many channels as its input has. Only a dense convolution stores how many channels it writes
+(`active_out`). So the dense convolutions set the widths of a whole network, and every other layer follows.
 
 `register_elastic` adds the elastic class of another stock layer.
 """
