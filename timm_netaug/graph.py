@@ -387,7 +387,7 @@ class _Tracer(TorchDispatchMode):
     def excited(self, group: Optional[_Group]) -> Optional[_Group]:
         """Return the channels that squeeze-excite scales, if the given group holds its squeezed channels, else None.
 
-        Squeezed channels are computed from pooled channels, and the gate computed from them has the same channels."""
+        Squeezed channels are computed from pooled channels, and a gate for these channels is computed from them."""
         if group is None:
             return None
         group = group.root

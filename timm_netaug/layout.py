@@ -15,8 +15,8 @@ class Channels:
     Args:
         name: Name of the convolution that writes them first. It is the key of this set in a dict of widths.
         base: Their number in the tiny model.
-        kind: 'expand': all convolutions that write or read them lie in one block; 'squeeze': the channels between the
-            two convolutions of squeeze-excite; 'width': all others (stem, block outputs, head).
+        kind: 'expand' if all convolutions that write or read the channels lie in one block, 'squeeze' for the channels
+            between the two convolutions of squeeze-excite, 'width' for all others (stem, block outputs, head).
         source: The channel set that their number depends on: the input of the block for 'expand', the channels that
             squeeze-excite scales for 'squeeze'.
         writers: Names of the convolutions that write them; more than one where additions or products tie channels.

@@ -26,7 +26,7 @@ from .supernet import SuperNet, augment
 __all__ = []
 
 _logger = logging.getLogger(__name__)
-_SOURCES = ('state_dict', 'file', 'url', 'hf_hub_id')  # of weights, in a pretrained config
+_SOURCES = ('state_dict', 'file', 'url', 'hf_hub_id')  # fields of a pretrained config that name a source of weights
 
 # The first block of a stage never has a skip connection here, even where stride and widths would allow one.
 _MOBILENETV2 = [

@@ -21,8 +21,8 @@ __all__ = ['SharedTrunk', 'find_trunk', 'stage_names']
 
 
 def stage_names(model: nn.Module) -> List[str]:
-    """List the stages of a network: the children of its `blocks` or `stages`, or `layer1`, `layer2` and so on. Empty
-    for a network that has none of these."""
+    """List the stages of a network: the children of its `blocks` or `stages`, or `layer1`, `layer2` and so on. The list
+    is empty for a network without such modules."""
     for name, module in model.named_modules():
         children = [f'{name}.{child}'.lstrip('.') for child, _ in module.named_children()]
         if name.rpartition('.')[2] in ('blocks', 'stages') and isinstance(module, (nn.Sequential, nn.ModuleList)):

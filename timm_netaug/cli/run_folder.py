@@ -170,7 +170,7 @@ def _set_up_folder(args, name: str, start_epoch: int) -> Tuple[str, bool]:
     if os.path.exists(summary):
         if len(Path(summary).read_text().splitlines()) > 2:
             raise UserError(f'{folder} holds the results of a run: choose another --experiment.')
-        os.remove(summary)  # of a run that was killed before its first checkpoint
+        os.remove(summary)  # left by a run that was killed before its first checkpoint
     if args.resume:
         _logger.warning(f'{folder} is not the folder of {args.resume}: best metric and summary start anew.')
     return folder, False

@@ -17,7 +17,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     """Read the contents of a checkpoint. Tensors are memory-mapped, and no code in the file is run.
 
     Raises:
-        UserError: There is no such file, or it is no checkpoint.
+        UserError: The file does not exist, or is not a checkpoint.
     """
     if not os.path.isfile(path):
         raise UserError(f'There is no checkpoint {path}.')
