@@ -247,8 +247,12 @@ def set_up(root: Path) -> None:
         export_folder(model, root / folder, RunDescription.from_model(model, config, [str(i) for i in range(10)]))
 
 
-def _watch(seen: Dict[str, Any]) -> None:
-    """Count, in a process of its own, what a run does that its weights do not tell."""
+def _watch(seen: Dict[str, Any], scripted: bool) -> None:
+    """Count, in a process of its own, what a run does that its weights do not tell.
+
+    Args:
+        scripted: Whether the model is scripted: TorchScript cannot compile the functions that count passes.
+    """
     seen.update(calls=0, layout='', evaluated=[], scripted=[])
     forward, one_epoch, evaluate = BatchNormAct2d.forward, train.train_one_epoch, train.evaluate
 
@@ -269,7 +273,10 @@ def _watch(seen: Dict[str, Any]) -> None:
         seen['evaluated'].append((len(kwargs['loader']), metrics))
         return metrics
 
-    BatchNormAct2d.forward, train.train_one_epoch, train.evaluate = counted, loaded, evaluated
+    train.train_one_epoch, train.evaluate = loaded, evaluated
+    if scripted:
+        return
+    BatchNormAct2d.forward = counted
     elastic = ElasticBatchNorm.forward
 
     def counted_elastic(module, x):
@@ -284,7 +291,7 @@ def _train(argv: List[str], output: str, results) -> None:
     refusal, seen = '', {}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         if '--torchcompile' not in argv:  # which would see the counting, too
-            _watch(seen)
+            _watch(seen, '--torchscript' in argv)
         try:
             train.main()
         except SystemExit as e:

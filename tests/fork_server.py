@@ -22,7 +22,9 @@ import timm_netaug.cli.export
 import timm_netaug.cli.hub
 import timm_netaug.cli.info
 import timm_netaug.cli.train
-import timm_netaug.cli.validate  # noqa: F401
+import timm_netaug.cli.train_detection
+import timm_netaug.cli.validate
+import timm_netaug.cli.validate_detection  # noqa: F401
 
 
 def next_run() -> dict:

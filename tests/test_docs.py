@@ -92,9 +92,12 @@ def test_other_benchmarks(few_digits, tmp_path):
 
 def test_names_in_the_docs_are_real():
     """Files that the pages name are there, and so are the flags of the scripts."""
+    from timm_netaug.cli.train_detection import train_detection_parser
     from timm_netaug.cli.train_flags import train_parser
+    from timm_netaug.cli.validate_detection import validate_detection_parser
     from timm_netaug.cli.validate_flags import validate_parser
-    known = {s for p in (train_parser(), validate_parser()) for a in p._actions for s in a.option_strings}
+    parsers = (train_parser(), validate_parser(), train_detection_parser(), validate_detection_parser())
+    known = {s for p in parsers for a in p._actions for s in a.option_strings}
     known |= set(re.findall(r"'(--[a-z-]+)'", (ROOT / 'timm_netaug/cli/hub.py').read_text()))
     others = {'--nnodes', '--nproc-per-node', '--rdzv-backend', '--rdzv-endpoint', '--rdzv-id', '--max-restarts', '--rdzv-conf', '--local-addr',
               '--layers', '--samples', '--dist'}

@@ -1,4 +1,5 @@
 """The reference implementation's checkpoints load as they were published."""
+import json
 import re
 
 import pytest
@@ -7,6 +8,10 @@ import torch
 
 import timm_netaug
 from conftest import MODELS, SHARED, images, make
+from timm_netaug.card import model_card
+from timm_netaug.convert import convert
+from timm_netaug.errors import UserError
+from timm_netaug.load import load_model
 
 FILES = {
     'netaug_mbv2_tiny': 'tinymbv2',
@@ -64,6 +69,54 @@ def test_published_checkpoint_loads(name, tmp_path):
     # another number of classes keeps all but the classifier
     other = timm.create_model(name, pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay).eval()
     assert torch.equal(other.forward_features(x), source.forward_features(x)) and other(x).shape == (2, 3)
+
+
+def older_names(model):
+    """The name of every tensor of a model in an older file of the authors, worked out from timm's."""
+    numbers = [f'{i}.{j}' for i, stage in enumerate(model.blocks) for j in range(len(stage))]
+    names = {}
+    for key in model.state_dict():
+        block = re.match(r'blocks\.(\d+\.\d+)\.(.*)\.(\w+)$', key)
+        if not block:
+            layer, kind = key.rsplit('.', 1)
+            names[key] = {'conv_stem': 'first_conv.conv', 'bn1': 'first_conv.bn', 'classifier': 'classifier.linear',
+                          'conv_head': 'feature_mix_layer.conv', 'bn2': 'feature_mix_layer.bn'}[layer] + f'.{kind}'
+            continue
+        layers = ['inverted_bottleneck', 'depth_conv', 'point_linear'][numbers.index(block[1]) == 0:]
+        convs = ['conv_pw', 'conv_dw', 'conv_pwl'] if len(layers) == 3 else ['conv_dw', 'conv_pw']
+        place = convs.index(block[2]) if block[2] in convs else int(block[2][-1]) - 1
+        part = 'conv' if block[2] in convs else 'bn'
+        names[key] = f'blocks.{numbers.index(block[1])}.mobile_inverted_conv.{layers[place]}.{part}.{block[3]}'
+    return names
+
+
+@pytest.mark.parametrize('name', ['netaug_mcunet', 'netaug_proxylessnas_035'])
+def test_older_file_loads(name, tmp_path):
+    """Its weights, and the normalisation that belongs to them, whichever way it is read."""
+    source = make(name, num_classes=5).eval()
+    names = older_names(source)
+    file, out = tmp_path / 'older.pth', tmp_path / 'out'
+    weights = {names[k]: v for k, v in source.state_dict().items()}
+    torch.save({'state_dict': weights}, file)
+    convert(str(file), out, name)
+    overlay = dict(file=str(file), num_classes=5)
+    extractor = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, features_only=True).eval()
+    x = images(2)
+    for model in (
+            timm.create_model(f'local-dir:{out}', pretrained=True).eval(),
+            load_model(str(file), name).model,
+            timm.create_model(name, pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay).eval(),
+    ):
+        assert torch.equal(model(x), source(x))
+        data_config = timm.data.resolve_model_data_config(model)
+        assert tuple(data_config['mean']) == tuple(data_config['std']) == (0.5, 0.5, 0.5)
+    assert torch.equal(extractor(x)[0], source.forward_intermediates(x, intermediates_only=True)[0])
+    assert extractor.pretrained_cfg['mean'] == (0.5, 0.5, 0.5)
+    assert 'mean 0.5 0.5 0.5, std 0.5 0.5 0.5' in model_card(source, json.loads((out / 'config.json').read_text()), 'a/b')
+    # The registered model keeps ImageNet's normalisation, and another model is refused.
+    assert timm.create_model(name).pretrained_cfg['mean'] != (0.5, 0.5, 0.5)
+    with pytest.raises(UserError, match='does not fit netaug_mbv2_tiny: unmatched keys'):
+        load_model(str(file), 'netaug_mbv2_tiny')
 
 
 def test_own_names_pass():

@@ -9,16 +9,16 @@ from huggingface_hub import EvalResult, ModelCardData
 from .costs import MEMORY_MODEL
 from .info import describe
 
-__all__ = ['METRICS', 'known_facts', 'model_card']
+__all__ = ['CITATION', 'METRICS', 'known_facts', 'model_card', 'shell_block']
 
 _FACTS = dict(command=list, processes=int, evaluated_with=list, epoch=int, epochs=int, metrics=dict, images=int,
-              dataset=str, dataset_terms=str, converted_from=str, baseline=dict, baseline_about=str)
+              dataset=str, dataset_terms=str, converted_from=str, netaug=bool, baseline=dict, baseline_about=str)
 METRICS = {
     'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy', 'map': 'Mean average precision', 'micro_f1': 'F1 (micro)',
     'macro_f1': 'F1 (macro)', 'sample_f1': 'F1 (samples)',
 }
 _METRIC_TYPES = {'top1': 'accuracy', 'top5': 'accuracy', 'map': 'mean_average_precision'}  # the Hub's names
-_CITATION = """@inproceedings{cai2022netaug,
+CITATION = """@inproceedings{cai2022netaug,
   title={Network Augmentation for Tiny Deep Learning},
   author={Cai, Han and Gan, Chuang and Lin, Ji and Han, Song},
   booktitle={International Conference on Learning Representations},
@@ -73,7 +73,7 @@ def model_card(model: nn.Module, config: Mapping[str, Any], repo: str) -> str:
     """
     facts, cfg = known_facts(config), config['pretrained_cfg']
     command = facts.get('command', [])
-    with_netaug = '--netaug' in command or 'converted_from' in facts
+    with_netaug = '--netaug' in command or ('converted_from' in facts and facts.get('netaug', True))
     name = repo.partition('@')[0].rpartition('/')[2]
     info = describe(model, cfg['input_size'], samples=1)
     size = ' x '.join(map(str, info['input_size']))
@@ -111,7 +111,7 @@ Computed for {size}, not measured on a board. {MEMORY_MODEL}""",
         processes = facts.get('processes', 1)
         program = ['python'] if processes == 1 else ['torchrun', '--nproc-per-node', str(processes)]
         done = f'{facts["epoch"]} of {facts["epochs"]} epochs' if {'epoch', 'epochs'} <= set(facts) else ''
-        parts.append('## Training\n\n' + _shell([*program, 'train.py', '--data-dir', 'DATA', *command]) + (
+        parts.append('## Training\n\n' + shell_block([*program, 'train.py', '--data-dir', 'DATA', *command]) + (
             f'\n\nThe weights are those after {done}. ' if done else '\n\n')
             + 'Flags that are not listed have the defaults of `train.py`.')
     if facts.get('dataset'):
@@ -125,8 +125,8 @@ Computed for {size}, not measured on a board. {MEMORY_MODEL}""",
         images = f' of {facts["images"]:,} images' if 'images' in facts else ''
         split = facts.get('evaluated_with', ['--split', 'validation'])
         line = ['python', 'validate.py', '--data-dir', 'DATA', '--model', f'hf-hub:{repo}', *split]
-        parts.append(f'## Metrics\n\n| `{split[-1]}` split{images} | |\n|---|---|\n{rows}\n{_shell(line)}')
-    parts.append(f'## Citation\n\n```bibtex\n{_CITATION}\n```')
+        parts.append(f'## Metrics\n\n| `{split[-1]}` split{images} | |\n|---|---|\n{rows}\n{shell_block(line)}')
+    parts.append(f'## Citation\n\n```bibtex\n{CITATION}\n```')
     return '\n\n'.join(parts) + '\n'
 
 
@@ -134,7 +134,7 @@ def _numbers(values: List[float]) -> str:
     return ' '.join(f'{v:g}' for v in values)
 
 
-def _shell(words: List[str]) -> str:
+def shell_block(words: List[str]) -> str:
     """Return a code block with a command, with line breaks before flags where lines would be too long."""
     lines = ['']
     for i, word in enumerate(words):

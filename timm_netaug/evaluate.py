@@ -10,6 +10,7 @@ import torch.nn as nn
 from timm.data import create_loader, create_naflex_loader
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils import check_batch_size_retry, decay_batch_step
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from .errors import UserError
@@ -24,7 +25,7 @@ from .io.data import (
 )
 from .labels import LabelEvaluator, read_real_labels, read_valid_labels
 
-__all__ = ['evaluate', 'evaluate_model', 'progress_bar']
+__all__ = ['evaluate', 'evaluate_model', 'progress_bar', 'to_device']
 
 _logger = logging.getLogger(__name__)
 _SHORT_OF_MEMORY = ('out of memory', "can't allocate memory", 'alloc_failed')  # CUDA, the CPU, and cuDNN or cuBLAS
@@ -37,15 +38,16 @@ def progress_bar(loader, description: str, enabled: bool = True) -> tqdm:
         watched(loader), total=len(loader), desc=description, disable=disable, leave=False, dynamic_ncols=True)
 
 
-def _to_device(
-        input: Union[torch.Tensor, Dict[str, torch.Tensor]],
-        device: torch.device,
-        dtype: Optional[torch.dtype],
-) -> Union[torch.Tensor, Dict[str, torch.Tensor]]:
-    if isinstance(input, dict):  # a NaFlex loader yields patches, their positions in the image, and numbers
-        return {k: t.to(device=device, dtype=dtype if t.is_floating_point() else None) if torch.is_tensor(t) else t
-                for k, t in input.items()}
-    return input.to(device=device, dtype=dtype)
+def to_device(batch: Any, device: torch.device, dtype: Optional[torch.dtype] = None) -> Any:
+    """Move a tensor, or all tensors in lists and dicts (patches of a NaFlex loader, targets of detection), to a device.
+
+    Args:
+        dtype: Type to which floating-point tensors are converted. A single tensor is always converted.
+    """
+    if torch.is_tensor(batch):
+        return batch.to(device=device, dtype=dtype)
+    return tree_map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+                    if torch.is_tensor(t) else t, batch)
 
 
 @torch.inference_mode()
@@ -77,7 +79,7 @@ def evaluate(
     bar = progress_bar(loader, description, primary)
     last = len(loader) - 1
     for i, (input, target) in enumerate(bar):
-        input, target = _to_device(input, device, dtype), target.to(device)
+        input, target = to_device(input, device, dtype), to_device(target, device)
         if channels_last:
             input = input.contiguous(memory_format=torch.channels_last)
         with autocast():
@@ -87,7 +89,7 @@ def evaluate(
         evaluator.update(output, target)
         if primary and (i == last or i % log_interval == 0):
             told = evaluator.summary()
-            if output.shape[1] < 6:
+            if torch.is_tensor(output) and output.shape[1] < 6:
                 told.pop('top5', None)  # always 100 %
             line = '  '.join(f'{k} {v:.4g}' for k, v in told.items())
             if bar.disable:

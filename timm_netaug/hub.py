@@ -20,10 +20,10 @@ from .io.data import DataSource
 from .io.folder import CONFIG, WEIGHTS, copy_files, export_folder, load_folder
 from .load import LoadedModel, load_model
 
-__all__ = ['pull', 'push']
+__all__ = ['CARD', 'TOLERANCE', 'check_target', 'commit', 'pull', 'push']
 
-_CARD = 'README.md'
-_TOLERANCE = 0.1  # percentage points, because kernels may sum in another order
+CARD = 'README.md'
+TOLERANCE = 0.1  # percentage points, because kernels may sum in another order
 
 
 def _say(text: str) -> None:
@@ -31,7 +31,7 @@ def _say(text: str) -> None:
 
 
 def _check_out_dir(out_dir: str) -> None:
-    others = set(os.listdir(out_dir)) - {WEIGHTS, CONFIG, _CARD} if os.path.isdir(out_dir) else ()
+    others = set(os.listdir(out_dir)) - {WEIGHTS, CONFIG, CARD} if os.path.isdir(out_dir) else ()
     if others:
         raise UserError(f'{out_dir} holds other files ({min(others)}): name an empty folder or a new one.')
 
@@ -82,14 +82,14 @@ def _measure(loaded: LoadedModel, data_dir: str, facts: Dict[str, Any]) -> None:
         num_workers=min(os.cpu_count() or 1, 4),
     )
     for metric, recorded in facts.get('metrics', {}).items():
-        if abs(metrics[metric] - recorded) > _TOLERANCE:
+        if abs(metrics[metric] - recorded) > TOLERANCE:
             raise UserError(f'The {metric} on {data_dir} is {metrics[metric]:.2f}, but the checkpoint has'
                             f' {recorded:.2f} on record: name the data set that it was validated on. Nothing is'
                             f' pushed.')
     facts.update(metrics={k: round(metrics[k], 4) for k in METRICS if k in metrics}, images=metrics['images'])
 
 
-def _check_target(repo_id: str, revision: Optional[str], private: bool, architecture: str) -> Optional[str]:
+def check_target(repo_id: str, revision: Optional[str], private: bool, architecture: str) -> Optional[str]:
     """Return the parent commit of the push, None if the repository has yet to be created.
 
     Raises:
@@ -118,10 +118,11 @@ def _check_target(repo_id: str, revision: Optional[str], private: bool, architec
         return info.sha
 
 
-def _commit(folder: Path, repo: str, revision: Optional[str], private: bool, parent: Optional[str]) -> str:
+def commit(folder: Path, repo: str, revision: Optional[str], private: bool, parent: Optional[str]) -> str:
     """Upload the folder's files as one commit, and return its address."""
     api = HfApi(library_name='timm_netaug')
-    files = [CommitOperationAdd(file.name, str(file)) for file in sorted(folder.iterdir())]
+    files = [CommitOperationAdd(file.relative_to(folder).as_posix(), str(file))
+             for file in sorted(folder.rglob('*')) if file.is_file()]
     with hub_errors(repo, revision):
         if parent is None:
             api.create_repo(repo, private=private or None, exist_ok=True)
@@ -174,7 +175,7 @@ def push(
             for name in (WEIGHTS, CONFIG):
                 shutil.copyfile(loaded.folder / name, folder / name)
         config = _write_config(folder, facts, license)
-        parent = None if dry_run else _check_target(repo, revision, private, config['architecture'])
+        parent = None if dry_run else check_target(repo, revision, private, config['architecture'])
         reloaded = load_model(f'local-dir:{folder}', use_test_size=True)
         _check_reload(loaded.model, reloaded.model, config['pretrained_cfg']['input_size'])
         _say('Reloaded with timm: the logits are bit-equal.')
@@ -183,13 +184,13 @@ def push(
             _say('Evaluated: ' + ', '.join(f'{k} {v:.2f}' for k, v in facts['metrics'].items()) + '.')
             config = _write_config(folder, facts, license)
         name = f'{repo}@{revision}' if revision not in (None, 'main') else repo
-        (folder / _CARD).write_text(model_card(loaded.model, config, name), encoding='utf-8')
+        (folder / CARD).write_text(model_card(loaded.model, config, name), encoding='utf-8')
         if dry_run:
             copy_files(folder, dry_run)
             _say(f'Written to {dry_run}. Nothing was pushed.')
             return
         _say(f'Pushing {", ".join(sorted(os.listdir(folder)))} to {repo}.')
-        url = _commit(folder, repo, revision, private, parent)
+        url = commit(folder, repo, revision, private, parent)
     _say(f"Pushed: {url}\nLoad it with:\n\n    import timm, timm_netaug\n"
          f"    model = timm.create_model('hf-hub:{name}', pretrained=True)")
 

@@ -80,6 +80,8 @@ def read_run(path: str) -> Optional[RunDescription]:
 def _load_run(path: str, use_ema: Optional[bool], flags: Mapping[str, Any]) -> LoadedModel:
     checkpoint = read_checkpoint(path)
     run = RunDescription.from_checkpoint(checkpoint)
+    if run.detector:
+        raise UserError(f'{path} is of a detector: use validate_detection.py, or timm_netaug.detection in Python.')
     use_ema = run.ema if use_ema is None else use_ema
     key = 'state_dict_ema' if use_ema else 'state_dict'
     if key not in checkpoint:

@@ -1,11 +1,15 @@
-"""Checkpoints of the NetAug reference implementation (the tiny models' `.pth` files), carried over to timm's names."""
+"""The authors' checkpoints (the tiny models' `.pth` files), carried over to timm's names.
+
+There are two kinds. The NetAug reference implementation names the layers `backbone...` and `head...`. The older files of
+the same authors' ProxylessNAS, Once-for-all and MCUNet releases number the blocks through (`blocks.N...`).
+"""
 from typing import Any, Dict, Mapping
 
 import torch.nn as nn
 from timm.models._efficientnet_blocks import ConvBnAct, DepthwiseSeparableConv, InvertedResidual
 from timm.models.mobilenetv3 import MobileNetV3
 
-__all__ = ['checkpoint_filter_fn', 'is_reference']
+__all__ = ['checkpoint_filter_fn', 'input_config', 'is_reference']
 
 # Within a block: the reference's name of a layer -> timm's.
 _PARTS = {
@@ -27,11 +31,55 @@ _PARTS = {
     },
     ConvBnAct: {'conv': 'conv', 'norm': 'bn1'},
 }
+# The same within a block of an older file.
+_OLDER_PARTS = {
+    InvertedResidual: {
+        'inverted_bottleneck.conv': 'conv_pw',
+        'inverted_bottleneck.bn': 'bn1',
+        'depth_conv.conv': 'conv_dw',
+        'depth_conv.bn': 'bn2',
+        'point_linear.conv': 'conv_pwl',
+        'point_linear.bn': 'bn3',
+    },
+    DepthwiseSeparableConv: {
+        'depth_conv.conv': 'conv_dw',
+        'depth_conv.bn': 'bn1',
+        'point_linear.conv': 'conv_pw',
+        'point_linear.bn': 'bn2',
+    },
+}
+
+
+def _is_older(state_dict: Mapping[str, Any]) -> bool:
+    return 'first_conv.conv.weight' in state_dict and any('.mobile_inverted_conv.' in key for key in state_dict)
 
 
 def is_reference(state_dict: Mapping[str, Any]) -> bool:
-    """Tell whether a state dict has the reference implementation's names."""
-    return bool(state_dict) and all(key.startswith(('backbone.', 'head.')) for key in state_dict)
+    """Tell whether a state dict has the names of one of the two kinds of the authors' files."""
+    new = bool(state_dict) and all(key.startswith(('backbone.', 'head.')) for key in state_dict)
+    return new or _is_older(state_dict)
+
+
+def input_config(state_dict: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return what a state dict says of the model's input in timm's terms: nothing, unless it has the older names.
+
+    The networks of older files were trained on images that are normalised to the range from -1 to 1. With ImageNet's
+    mean and standard deviation, MCUNet's published weights lose 18 points of top-1.
+    """
+    if isinstance(state_dict.get('state_dict'), dict):
+        state_dict = state_dict['state_dict']
+    return dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)) if _is_older(state_dict) else {}
+
+
+def _older_layer_names(model: nn.Module) -> Dict[str, str]:
+    """Map the layers of an older file to timm's: all blocks are numbered through, whatever their stage."""
+    names = {'first_conv.conv': 'conv_stem', 'first_conv.bn': 'bn1', 'classifier.linear': 'classifier',
+             'feature_mix_layer.conv': 'conv_head', 'feature_mix_layer.bn': 'bn2'}
+    blocks = [(f'blocks.{i}.{j}', block) for i, stage in enumerate(model.blocks) for j, block in enumerate(stage)]
+    for number, (place, block) in enumerate(blocks):
+        for theirs, ours in _OLDER_PARTS.get(type(block), {}).items():
+            names[f'blocks.{number}.mobile_inverted_conv.{theirs}'] = f'{place}.{ours}'
+    return names
 
 
 def _layer_names(model: nn.Module) -> Dict[str, str]:
@@ -56,7 +104,7 @@ def _layer_names(model: nn.Module) -> Dict[str, str]:
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
-    """Rename the tensors of a reference checkpoint for the timm model; any other state dict passes as it is.
+    """Rename the tensors of an authors' checkpoint for the timm model; any other state dict passes as it is.
 
     This is the `pretrained_filter_fn` of the `netaug_*` models.
 
@@ -65,7 +113,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
         model: The timm model that they are for.
 
     Raises:
-        ValueError: It is a reference checkpoint, but not of this model.
+        ValueError: It is an authors' checkpoint, but not of this model.
     """
     if isinstance(state_dict.get('state_dict'), dict):
         state_dict = state_dict['state_dict']
@@ -74,7 +122,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     architecture = getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)
     if not hasattr(model, 'blocks') or not hasattr(model, 'conv_head'):
         raise ValueError(f'The reference checkpoint does not fit {architecture}: it is of a netaug_* model.')
-    names, renamed, unmatched = _layer_names(model), {}, []
+    names = _older_layer_names(model) if _is_older(state_dict) else _layer_names(model)
+    renamed, unmatched = {}, []
     missing = set(model.state_dict())
     if isinstance(model.get_classifier(), nn.Identity):  # a model without a classifier leaves theirs out
         state_dict = {k: v for k, v in state_dict.items() if '.linear.' not in k}

@@ -19,7 +19,7 @@ from timm.models.efficientnet import EfficientNet, _create_effnet
 from timm.models.mobilenetv3 import MobileNetV3, _create_mnv3
 
 from .config import NetAugConfig, register_defaults
-from .reference import checkpoint_filter_fn
+from .reference import checkpoint_filter_fn, input_config
 from .bundled import bundled_cfgs
 from .supernet import SuperNet, augment
 
@@ -125,12 +125,14 @@ def _shipped_cfg(variant: str, *given: Union[Mapping[str, Any], PretrainedCfg, N
 
 
 def _filter_fn(variant: str, state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
-    """Rename the tensors of a reference checkpoint. This works for timm's feature extractors, too.
+    """Rename the tensors of a reference checkpoint, and note the normalisation that the weights of an older file were
+    trained with. This works for timm's feature extractors, too.
 
     The renaming recognises a reference checkpoint by its head. A feature extractor has no head, so the whole model is
     used in its place, on the meta device (without memory).
     """
     whole = model if hasattr(model, 'conv_head') else create_model(variant, device='meta')
+    model.pretrained_cfg.update(input_config(state_dict))
     return checkpoint_filter_fn(state_dict, whole)
 
 

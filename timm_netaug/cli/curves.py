@@ -25,6 +25,8 @@ _ACCURACIES = {
     'train_top1': ('training', TINY, '--', 'o'),
     'eval_top1': ('validation', TINY, '-', 's'),
     'eval_top5': ('validation, top-5', SKY_BLUE, '-', 'D'),
+    'eval_AP50': ('validation, AP50', TINY, '-', 's'),
+    'eval_AP': ('validation, AP', SKY_BLUE, '-', 'D'),
 }
 
 Point = Tuple[float, float]  # epoch, value
@@ -67,7 +69,8 @@ def write_curves(
     columns = _read(summary)
     if 'epoch' not in columns:
         raise UserError(f'{summary} holds no epochs to plot: train for one first.')
-    accuracies = {k: v for k, v in _ACCURACIES.items() if k in ('train_top1', 'eval_top1', metric)}
+    shown = ('train_top1', 'eval_top1', 'eval_AP50', 'eval_AP', metric)
+    accuracies = {k: v for k, v in _ACCURACIES.items() if k in shown}
     losses = dict(_LOSSES)
     if 'train_aug_loss' in columns:
         losses['train_loss'] = ('training, weighted sum', GREY, '--', 'o')
@@ -83,8 +86,13 @@ def write_curves(
             left: _draw(left, columns, losses, metric, best, '{:.4g}'),
             right: _draw(right, columns, accuracies, metric, best, '{:.4g} %'),
         }
-        left.set(title='Loss', ylabel='loss (nats)')
-        right.set(title='Top-1 accuracy' if 'eval_top5' not in accuracies else 'Accuracy', ylabel='correct images (%)')
+        if 'eval_AP50' in columns:
+            left.set(title='Loss', ylabel='loss')
+            right.set(title='Average precision', ylabel='average precision (%)')
+        else:
+            left.set(title='Loss', ylabel='loss (nats)')
+            accuracy = 'Accuracy' if 'eval_top5' in accuracies else 'Top-1 accuracy'
+            right.set(title=accuracy, ylabel='correct images (%)')
         for axes, these in labels.items():
             add_labels(axes, these)
         with atomic_write(out, 'wb') as f:

@@ -2,11 +2,12 @@
 import argparse
 from typing import Optional, Sequence
 
+from ..detection.folder import export_detector, load_trained
 from ..errors import exit_on_user_error
 from ..io.checkpoint import read_checkpoint
 from ..io.folder import export_folder
 from ..load import load_model
-from .training_record import training_record
+from .training_record import detection_record, training_record
 
 __all__ = ['main']
 
@@ -22,6 +23,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                         help='export the moving average of the weights (default if the run validated it)')
     args = parser.parse_args(argv)
     with exit_on_user_error('timm_netaug export'):
+        detector, run = load_trained(args.checkpoint, args.use_ema or None)
+        if detector is not None:
+            facts = detection_record(read_checkpoint(args.checkpoint)) if run else None
+            export_detector(detector, args.out_dir, facts)
+            print(f"Exported. Load it with:\n\n    from timm_netaug.detection import create_detector\n"
+                  f"    detector = create_detector('local-dir:{args.out_dir}')")
+            return
         loaded = load_model(args.checkpoint, args.model, args.use_ema or None)
         facts = training_record(read_checkpoint(args.checkpoint), args.use_ema or None) if loaded.run else None
         export_folder(loaded.model, args.out_dir, loaded.describe(), facts)

@@ -6,16 +6,20 @@
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
 from ..card import known_facts
+from ..detection.folder import load_trained, read_config
+from ..detection.hub import pull_detector, push_detector
 from ..errors import UserError, exit_on_user_error
 from ..hub import pull, push
-from ..io.checkpoint import read_checkpoint
+from ..io.checkpoint import read_checkpoint, read_weights
 from ..io.folder import CONFIG
 from ..load import LoadedModel, load_model
+from ..reference import input_config
 from ..bundled import bundled_cfgs, bundled_folder
-from .training_record import training_record, baseline_metrics
+from .training_record import baseline_metrics, detection_record, training_record
 
 __all__ = ['main']
 
@@ -36,7 +40,8 @@ def _facts(args: argparse.Namespace, loaded: LoadedModel) -> Dict[str, Any]:
     elif loaded.run is not None:
         facts = training_record(read_checkpoint(args.checkpoint), args.use_ema or None)
     else:
-        facts = dict(converted_from=os.path.basename(args.checkpoint))
+        older = bool(input_config(read_weights(args.checkpoint)))  # the releases before NetAug
+        facts = dict(converted_from=os.path.basename(args.checkpoint), netaug=not older)
     facts.update({k: v for k in ('dataset', 'dataset_terms') if (v := getattr(args, k))})
     if args.baseline:
         facts['baseline'] = baseline_metrics(args.baseline, facts)
@@ -46,6 +51,14 @@ def _facts(args: argparse.Namespace, loaded: LoadedModel) -> Dict[str, Any]:
 
 
 def _push(args: argparse.Namespace) -> None:
+    detector, run = load_trained(args.checkpoint, args.use_ema or None)
+    if detector is not None:
+        facts = detection_record(read_checkpoint(args.checkpoint)) if run else read_config(
+            Path(args.checkpoint), args.checkpoint)[1].get('timm_netaug') or {}
+        facts.update({k: v for k in ('dataset', 'dataset_terms') if (v := getattr(args, k))})
+        push_detector(detector, args.repo, facts, revision=args.revision, private=args.private, dry_run=args.dry_run,
+                      data_dir=args.data_dir, license=args.license)
+        return
     loaded = _load(args)
     push(
         loaded,
@@ -60,7 +73,8 @@ def _push(args: argparse.Namespace) -> None:
 
 
 def _pull(args: argparse.Namespace) -> None:
-    pull(args.repo, args.out_dir, args.revision, args.allow_pickle)
+    if not pull_detector(args.repo, args.out_dir, args.revision):
+        pull(args.repo, args.out_dir, args.revision, args.allow_pickle)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -4,9 +4,11 @@ import json
 from typing import Any, Dict, Optional, Sequence
 
 from ..config import NetAugConfig, split_fields
+from ..detection.detector import Detector
+from ..detection.folder import load_trained
 from ..errors import UserError, exit_on_user_error, rewording
 from ..info import describe, stages
-from ..load import load_model
+from ..load import LoadedModel, load_model
 
 __all__ = ['main']
 
@@ -47,6 +49,12 @@ def _report(info: Dict[str, Any], layers: bool) -> str:
     return '\n'.join([*lines, '', *([info['netaug_refusal']] if info['netaug_refusal'] else []), info['memory_model']])
 
 
+def _dense(detector: Detector, img_size: Optional[int]) -> LoadedModel:
+    """Return the dense part of a detector, which is what costs."""
+    size = (img_size,) * 2 if img_size else detector.config.img_size
+    return LoadedModel(detector.dense, f'detector on {detector.config.backbone}', dict(input_size=(3, *size)))
+
+
 def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m timm_netaug info',
@@ -67,9 +75,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             value = getattr(args, flag)
             if value is not None and value < 1:
                 raise UserError(f'--{flag.replace("_", "-")} must be at least 1, got {value}.')
-        loaded = load_model(
-            args.source, args.model, pretrained=False, flags=dict(img_size=args.img_size), num_classes=args.num_classes)
-        if loaded.run and args.num_classes is not None:
+        detector, _ = load_trained(args.source)
+        if detector is not None:
+            loaded = _dense(detector, args.img_size)
+        else:
+            loaded = load_model(args.source, args.model, pretrained=False, flags=dict(img_size=args.img_size),
+                                num_classes=args.num_classes)
+        if (detector or loaded.run) and args.num_classes is not None:
             raise UserError('--num-classes: a checkpoint has its own number of classes. Leave the flag out.')
         config = split_fields((loaded.run and loaded.run.netaug) or {})[0].to_dict()
         fields = {k: getattr(args, f'netaug_{k}') for k in ('width_mults', 'expand_mults', 'divisor')}

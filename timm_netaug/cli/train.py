@@ -19,6 +19,7 @@ from typing import Any, Dict, Iterator, List, NoReturn, Optional, Tuple
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torchvision
 from timm.data import resolve_input_data_config
 from timm.layers import set_fast_norm
@@ -38,7 +39,7 @@ from timm.utils import (
 )
 
 from ..errors import UserError, exit_on_user_error, rewording
-from ..evaluate import evaluate
+from ..evaluate import evaluate, to_device
 from ..io.run import RunDescription
 from .build import prepare_for_training, set_up_model, set_up_task, set_up_teacher
 from .command_line import parse_args
@@ -150,7 +151,7 @@ def train_one_epoch(
         if args.netaug and i % accum == 0:
             task.start_update(num_updates)
         if args.no_prefetcher:
-            input, target = input.to(device=device, dtype=dtype), target.to(device=device)
+            input, target = input.to(device=device, dtype=dtype), to_device(target, device)
             if mixup_fn is not None:
                 input, target = mixup_fn(input, target)
         if uses_channels_last(args):
@@ -184,7 +185,8 @@ def train_one_epoch(
                         )
                     optimizer.step()
         values = {k: v.detach() for k, v in result.items() if k == 'loss' or k.endswith('_loss')}
-        if target.ndim == 1 and not args.aug_splits:  # not mixed
+        is_classes = isinstance(target, torch.Tensor)
+        if is_classes and target.ndim == 1 and not args.aug_splits:  # not mixed
             values['top1'] = 100 * (result['output'].detach().argmax(1) == target).float().mean()
         pending.append((values, input.shape[0]))
         if update:
@@ -220,8 +222,8 @@ def train_one_epoch(
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
     # The summary's columns are those of its first row: in one order, and there in every epoch.
-    top1 = meters.pop('top1').avg if 'top1' in meters else ''
-    return {**{key: meters[key].avg for key in sorted(meters, key=_LOSSES.index)}, 'top1': top1}
+    top1 = dict(top1=meters.pop('top1').avg if 'top1' in meters else '') if is_classes else {}
+    return {**{key: meters[key].avg for key in sorted(meters, key=_LOSSES.index)}, **top1}
 
 
 def validate_epoch(args, task: TrainingTask, loader, evaluate_) -> Dict[str, float]:
@@ -243,6 +245,7 @@ def write_epoch(args, epoch: int, train_metrics, metrics, task: TrainingTask, op
     lrs = [group['lr'] for group in optimizer.param_groups]
     # An epoch without validation leaves its columns empty, not out.
     row = metrics or dict.fromkeys(task.create_evaluator().metric_names, '')
+    row = {k: '' if v is None else v for k, v in row.items()}
     summary = os.path.join(saver.checkpoint_dir, 'summary.csv')
     update_summary(epoch, train_metrics, row, summary, lr=sum(lrs) / len(lrs), log_wandb=args.log_wandb)
     curves = os.path.join(saver.checkpoint_dir, 'curves.png')
@@ -252,7 +255,7 @@ def write_epoch(args, epoch: int, train_metrics, metrics, task: TrainingTask, op
     told = {**{f'train_{k}': v for k, v in train_metrics.items()}, **{f'eval_{k}': v for k, v in metrics.items()}}
     if args.num_classes < 6:
         told.pop('eval_top5', None)  # always 100 %
-    _logger.info(f'Epoch {epoch}: ' + '  '.join(f'{k} {v:.4g}' for k, v in told.items() if v != ''))
+    _logger.info(f'Epoch {epoch}: ' + '  '.join(f'{k} {v:.4g}' for k, v in told.items() if v not in ('', None)))
 
 
 def stopped(epoch: int, saver, number: int) -> NoReturn:
@@ -262,7 +265,8 @@ def stopped(epoch: int, saver, number: int) -> NoReturn:
         try:
             saver.save_recovery(epoch, batch_idx=name)
         except UserError as e:
-            sys.exit(f'train.py: stopped by {name} in epoch {epoch}, and nothing was saved of it. {e}')
+            program = os.path.basename(sys.argv[0])
+            sys.exit(f'{program}: stopped by {name} in epoch {epoch}, and nothing was saved of it. {e}')
         last = os.path.join(saver.checkpoint_dir, 'last.pth.tar')
         again = f'with --resume {last}' if os.path.exists(last) else 'by the same command'
         _logger.warning(f'Stopped by {name} in epoch {epoch}. Go on {again}, which does this epoch again, exactly; or'
@@ -341,16 +345,59 @@ def primary_saver(args, run: RunDescription, *to_set_up: Any):
     return saver
 
 
-def train() -> None:
+class Classification:
+    """What of `train` is for image classification alone. Another kind of training has a class with these members, as
+    `train_detection.Detection`."""
+    program = 'train.py'
+    parser = staticmethod(train_parser)
+    check_args = staticmethod(check_train_args)
+    set_up_loaders = staticmethod(set_up_loaders)
+    set_up_task = staticmethod(set_up_task)
+
+    @staticmethod
+    def set_up_model(args) -> Tuple[nn.Module, Dict[str, Any], Any]:
+        """Open the data set and build the model; returns the model, how its images are prepared in timm's terms, and
+        the splits of the data set."""
+        channels = args.in_chans or (args.input_size or [3])[0]
+        splits = open_splits(args, channels)
+        model = set_up_model(args)
+        with rewording('The input cannot be set up', ValueError, AssertionError, whole=True):
+            data_config = resolve_input_data_config(model, args=vars(args))
+        if data_config['input_size'][0] != channels:  # the model has other channels by itself
+            splits = open_splits(args, data_config['input_size'][0])
+        return model, data_config, splits
+
+    @staticmethod
+    def describe(model: nn.Module, *args: Any, **fields: Any) -> RunDescription:
+        """Return the description of the run that travels in its checkpoints."""
+        return RunDescription.from_model(model, *args, **fields)
+
+    @staticmethod
+    def write_pictures(task: TrainingTask, loader: Any, folder: str) -> None:
+        """Write pictures of the last validation into the run's folder."""
+
+    @staticmethod
+    def how_to_load(run: RunDescription, best: str) -> str:
+        """Return a sentence and the code that loads the best checkpoint."""
+        loading = [f"'{run.architecture}'", f"checkpoint_path='{best}'"] + [
+            f'{k}={v!r}' for k, v in run.model_args.items() if v or not k.startswith('drop')]
+        return (f'The checkpoint {best} is a stock timm model:\n\n    import timm, timm_netaug\n'
+                f'    model = timm.create_model({", ".join(loading)})\n')
+
+
+def train(kind: Any = Classification) -> None:
     """Train as the command line says.
+
+    Args:
+        kind: What the kind of training does in its own way.
 
     Raises:
         UserError: It cannot be done as it stands; the message says what to change.
     """
     set_up_logging()
-    parser = train_parser()
+    parser = kind.parser()
     args = parse_args(parser, sys.argv[1:])
-    check_train_args(args)
+    kind.check_args(args)
     find_restart(args)
     config = netaug_config(args)
     device = set_up_device(args)
@@ -366,14 +413,8 @@ def train() -> None:
     if args.fuser:
         set_jit_fuser(args.fuser)
 
-    channels = args.in_chans or (args.input_size or [3])[0]
-    splits = open_splits(args, channels)
-    model = set_up_model(args)
-    with rewording('The input cannot be set up', ValueError, AssertionError, whole=True):
-        data_config = resolve_input_data_config(model, args=vars(args))
-    if data_config['input_size'][0] != channels:  # the model has other channels by itself
-        splits = open_splits(args, data_config['input_size'][0])
-    run = RunDescription.from_model(
+    model, data_config, splits = kind.set_up_model(args)
+    run = kind.describe(
         model,
         data_config,
         splits.class_names,
@@ -383,10 +424,10 @@ def train() -> None:
         target=target_of(args),
     )
     model = prepare_for_training(args, model, config, device, dtype)
-    loader_train, loader_eval, mixup_fn = set_up_loaders(args, splits, data_config, device, dtype)
+    loader_train, loader_eval, mixup_fn = kind.set_up_loaders(args, splits, data_config, device, dtype)
     set_up_lr(args)
     teacher = set_up_teacher(args, data_config, splits.class_names, device, dtype)
-    task = set_up_task(args, model, teacher, data_config, device, dtype)
+    task = kind.set_up_task(args, model, teacher, data_config, device, dtype)
     if args.netaug:
         run = replace(run, netaug=task.netaug_fields())
     _logger.info(f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters in training')
@@ -463,6 +504,8 @@ def train() -> None:
                 if primary:
                     args.run = replace(run, metrics=history).to_dict()
                     try:
+                        if metrics:
+                            kind.write_pictures(task, loader_eval, saver.checkpoint_dir)
                         write_epoch(args, epoch, train_metrics, metrics, task, optimizer, saver)
                     except OSError as e:
                         raise saver.full(e) from e
@@ -477,11 +520,8 @@ def train() -> None:
         torch.distributed.destroy_process_group()
     if primary and saver.best_metric is not None:
         best = os.path.join(saver.checkpoint_dir, 'model_best.pth.tar')
-        loading = [f"'{run.architecture}'", f"checkpoint_path='{best}'"] + [
-            f'{k}={v!r}' for k, v in run.model_args.items() if v or not k.startswith('drop')]
         print(f'\nBest {args.eval_metric}: {saver.best_metric:.2f} (epoch {saver.best_epoch}).'
-              f' The checkpoint {best} is a stock timm model:\n\n    import timm, timm_netaug\n'
-              f'    model = timm.create_model({", ".join(loading)})\n')
+              f' {kind.how_to_load(run, best)}')
 
 
 def main() -> None:

@@ -9,18 +9,23 @@ from ..card import METRICS
 from ..errors import UserError
 from ..io.checkpoint import read_checkpoint
 from ..io.run import RunDescription
+from .train_detection import train_detection_parser
 from .train_flags import FREE_FLAGS, train_parser
 
-__all__ = ['training_record', 'baseline_metrics']
+__all__ = ['baseline_metrics', 'detection_record', 'training_record']
 
 _PATHS = ('pretrained_path', 'initial_checkpoint', 'class_map')  # only the names of the files are of use to others
 # Flags that the evaluation needs, too.
 _DATASET = ('dataset', 'input_img_mode', 'input_key', 'target_key', 'task', 'target_format')
 
 
-def _flags(args: argparse.Namespace, only: Optional[tuple] = None) -> List[str]:
-    """Return the command line with all flags that differ from the defaults of `train.py`."""
-    parser, argv = train_parser(), []
+def _flags(
+        args: argparse.Namespace,
+        only: Optional[tuple] = None,
+        parser: Optional[argparse.ArgumentParser] = None,
+) -> List[str]:
+    """Return the command line with all flags that differ from the defaults of `train.py`, or of another parser."""
+    parser, argv = parser or train_parser(), []
     for action in parser._actions:
         value = getattr(args, action.dest, action.default)
         if action.dest in ('help', *FREE_FLAGS) or (only and action.dest not in only):
@@ -69,6 +74,20 @@ def training_record(checkpoint: Mapping[str, Any], use_ema: Optional[bool] = Non
         facts['metrics'] = {args.eval_metric: metric}
     if '/' in args.dataset:
         facts['dataset'] = args.dataset.partition('/')[2]
+    return facts
+
+
+def detection_record(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
+    """Collect, as plain data, what a checkpoint of `train_detection.py` says of its training."""
+    parser = train_detection_parser()
+    args = parser.parse_args([])
+    vars(args).update(vars(checkpoint['args']))
+    facts = dict(command=_flags(args, parser=parser), processes=getattr(args, 'world_size', 1), split=args.val_split)
+    if 'epoch' in checkpoint:
+        facts.update(epoch=checkpoint['epoch'] + 1, epochs=args.epochs)
+    metric = checkpoint.get('metric')
+    if args.eval_metric != 'loss' and metric is not None and math.isfinite(metric):
+        facts['metrics'] = {args.eval_metric: metric}
     return facts
 
 

@@ -8,7 +8,7 @@ from timm.models import get_pretrained_cfg, load_state_dict
 from timm.utils import load_checkpoint_metadata
 
 from ..errors import UserError, rewording
-from ..reference import checkpoint_filter_fn, is_reference
+from ..reference import checkpoint_filter_fn, input_config, is_reference
 
 __all__ = ['read_checkpoint', 'read_weights', 'check_finite', 'load_weights', 'count_classes']
 
@@ -94,6 +94,8 @@ def _misfit(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
 def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
     """Load weights into a model. They must be finite, and must be exactly the model's tensors.
 
+    If the kind of file determines the normalisation of the input, it is noted in the model's config.
+
     Args:
         state_dict: Weights in timm's names, or in those of the reference implementation.
         source: Name of the weights in messages.
@@ -101,6 +103,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str) -
     Raises:
         UserError: The weights are broken, or belong to another model. The message says how they differ.
     """
+    own_input = input_config(state_dict)
     with rewording(source, ValueError):
         state_dict = checkpoint_filter_fn(state_dict, model)
     check_finite(state_dict, source)
@@ -109,6 +112,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str) -
     except (RuntimeError, TypeError, AttributeError) as e:
         architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
         raise UserError(f'{source} does not fit {architecture}: {_misfit(model, state_dict)}.') from e
+    if own_input:
+        model.pretrained_cfg.update(own_input)
 
 
 def count_classes(state_dict: Mapping[str, Any], model_name: str) -> Optional[int]:

@@ -18,8 +18,8 @@ from .atomic import atomic_write
 from .checkpoint import load_weights, read_weights
 from .run import RunDescription
 
-__all__ = ['CONFIG', 'WEIGHTS', 'MAX_CONFIG', 'check_config', 'copy_files', 'export_folder', 'sample_fields',
-           'load_folder']
+__all__ = ['CONFIG', 'WEIGHTS', 'MAX_CONFIG', 'check_config', 'check_numbers', 'copy_files', 'export_folder',
+           'load_folder', 'sample_fields']
 
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 MAX_CONFIG = 8 << 20  # the names and descriptions of ImageNet-21K's classes have 2 MiB
@@ -28,9 +28,12 @@ _MAX_OTHER = 8192  # for widths, depths and image sizes
 
 
 def copy_files(folder: Union[str, Path], out_dir: Union[str, Path]) -> None:
-    """Copy the files of a folder into another one, each by an atomic write."""
+    """Copy the files of a folder and of its sub-folders into another folder, each by an atomic write."""
     os.makedirs(out_dir, exist_ok=True)
     for file in Path(folder).iterdir():
+        if file.is_dir():
+            copy_files(file, Path(out_dir, file.name))
+            continue
         with file.open('rb') as f, atomic_write(Path(out_dir, file.name), 'wb') as copy:
             shutil.copyfileobj(f, copy)
 
@@ -92,14 +95,14 @@ def sample_fields(folder: Union[str, Path]) -> Dict[str, str]:
     return {key: config[key] for key in ('input_img_mode', 'target') if key in config}
 
 
-def _check_numbers(value: Any, place: str) -> None:
+def check_numbers(value: Any, place: str) -> None:
     """Refuse absurdly large numbers, at any depth of nesting."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            _check_numbers(inner, str(key))
+            check_numbers(inner, str(key))
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            _check_numbers(inner, place)
+            check_numbers(inner, place)
     elif isinstance(value, (int, float)) and not abs(value) <= _MAX_NUMBER.get(place, _MAX_OTHER):
         raise ValueError(f'{place} is {value:.6g}')
 
@@ -120,7 +123,7 @@ def check_config(folder: Path, source: str) -> nn.Module:
         if not isinstance(architecture, str) or not is_model(architecture):
             raise ValueError(f'there is no architecture {str(architecture)[:100]!r} in timm or timm_netaug')
         built_with = {k: v for k, v in cfg.items() if k.endswith(('input_size', 'pool_size', 'num_classes'))}
-        _check_numbers([built_with, model_args], 'a number')
+        check_numbers([built_with, model_args], 'a number')
         if not all(0.1 <= cfg.get(key, 1) <= 10 for key in ('crop_pct', 'test_crop_pct')):
             raise ValueError('its crop_pct is out of range')
         if any(key.startswith('pretrained') for key in model_args):

@@ -25,6 +25,7 @@ class RunDescription:
         metrics: The metric after every epoch so far.
         input_img_mode: Pillow mode to which images were converted, None for the one that fits the model's channels.
         target: Kind of targets, see `io.data.open_dataset`.
+        detector: Fields of `DetectorConfig` if the model is a detector with this architecture, None for a classifier.
     """
     architecture: str
     model_args: Dict[str, Any] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class RunDescription:
     metrics: List[Optional[float]] = field(default_factory=list)
     input_img_mode: Optional[str] = None
     target: str = 'class'
+    detector: Optional[Dict[str, Any]] = None
 
     @classmethod
     def from_model(

@@ -1,0 +1,106 @@
+"""Detectors to and from the Hugging Face Hub, by the functions that push and pull classifiers."""
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Mapping, Optional
+
+import torch
+from huggingface_hub import get_token
+
+from ..errors import UserError
+from ..hub import CARD, TOLERANCE, check_target, commit
+from ..io.folder import CONFIG, WEIGHTS, copy_files
+from .annotations import read_split
+from .card import detector_card
+from .detector import Detector
+from .evaluate import evaluate_detector
+from .folder import BACKBONE, architecture_of, export_detector, find_detector_folder, load_detector_folder, read_config
+from .metric import METRICS
+
+__all__ = ['pull_detector', 'push_detector']
+
+
+def _check_out_dir(out_dir: str) -> None:
+    others = set(os.listdir(out_dir)) - {WEIGHTS, CONFIG, CARD, BACKBONE} if os.path.isdir(out_dir) else ()
+    if others:
+        raise UserError(f'{out_dir} holds other files ({min(others)}): name an empty folder or a new one.')
+
+
+def _check_reload(one: Detector, other: Detector) -> None:
+    """Refuse a folder that another detector is made of; predictions must be equal to the last bit."""
+    images = torch.randn(1, 3, *one.config.img_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        first, second = one.dense(images), other.dense(images)
+    if not all(torch.equal(a, b) for k in first for a, b in zip(first[k], second[k])):
+        raise UserError('The exported detector does not compute what the checkpoint does, nothing is pushed. That is a'
+                        ' fault of this program: report it.')
+
+
+def push_detector(
+        detector: Detector,
+        repo: str,
+        facts: Mapping[str, Any],
+        *,
+        revision: Optional[str] = None,
+        private: bool = False,
+        dry_run: Optional[str] = None,
+        data_dir: Optional[str] = None,
+        license: Optional[str] = None,
+) -> None:
+    """Push a detector with its config, backbone and card as one commit, or write what would be pushed.
+
+    The arguments are those of `hub.push`.
+
+    Raises:
+        UserError: It does not work, the message says why; nothing has been pushed.
+    """
+    if dry_run:
+        _check_out_dir(dry_run)
+    elif not get_token():
+        raise UserError('You are not logged in: `hf auth login`, or set HF_TOKEN.')
+    if repo.count('/') != 1:
+        raise UserError(f'{repo} is not the name of a repository, which is OWNER/NAME.')
+    facts = {**facts, **(dict(license=license) if license else {})}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        parent = None if dry_run else check_target(repo, revision, private, architecture_of(detector.config))
+        if data_dir:
+            split = read_split(data_dir, facts.get('split', 'val'))
+            measured = evaluate_detector(detector, split)[0]
+            for metric, recorded in facts.get('metrics', {}).items():
+                if abs(measured[metric] - recorded) > TOLERANCE:
+                    raise UserError(f'The {metric} on {data_dir} is {measured[metric]:.2f}, the checkpoint has'
+                                    f' {recorded:.2f} on record: name the data set that it was validated on. Nothing is'
+                                    f' pushed.')
+            facts['metrics'] = {k: round(measured[k], 4) for k in METRICS if measured[k] is not None}
+            facts['images'] = measured['images']
+        export_detector(detector, folder, facts)
+        _check_reload(detector, load_detector_folder(folder))
+        print('Reloaded: the predictions are bit-equal.')
+        name = f'{repo}@{revision}' if revision not in (None, 'main') else repo
+        (folder / CARD).write_text(detector_card(detector, facts, name), encoding='utf-8')
+        if dry_run:
+            copy_files(folder, dry_run)
+            print(f'Written to {dry_run}, nothing pushed.')
+            return
+        url = commit(folder, repo, revision, private, parent)
+    print(f"Pushed: {url}\nLoad it with:\n\n    from timm_netaug.detection import create_detector\n"
+          f"    detector = create_detector('hf-hub:{name}')")
+
+
+def pull_detector(repo: str, out_dir: str, revision: Optional[str] = None) -> bool:
+    """Fetch a detector, check it, and write it as a folder; returns False where the repository is of something else.
+
+    Raises:
+        UserError: It cannot be fetched, or is not fit for use.
+    """
+    name = f'{repo}@{revision}' if revision else repo
+    there = find_detector_folder(f'hf-hub:{name}')
+    if there is None:
+        return False
+    _check_out_dir(out_dir)
+    facts = read_config(there, name)[1].get('timm_netaug')
+    export_detector(load_detector_folder(there, name), out_dir, facts if isinstance(facts, dict) else None)
+    print(f"Pulled. Load it with:\n\n    from timm_netaug.detection import create_detector\n"
+          f"    detector = create_detector('local-dir:{out_dir}')")
+    return True
