@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Write docs/models.md: which models of the EfficientNet and MobileNet families NetAug takes, and why not the others.
+"""Write docs/models.md: which EfficientNet and MobileNet models of timm NetAug supports, and why not the others.
 
     python docs/models.py
 
-Whether it takes another network, `python -m timm_netaug info NAME` tells.
+`python -m timm_netaug info NAME` shows whether NetAug supports another network.
 """
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ import timm_netaug
 
 PAGE = Path(__file__).with_suffix('.md')
 MODULES = ('efficientnet', 'mobilenetv3')  # timm's model files
-REASONS = {  # type of the module that stands in the way -> what it is; the others are explained by the error itself
+REASONS = {  # type of the unsupported module -> what it is; for other types, the page has the text of the error
     'CondConv2d': 'conditional convolutions',
     'EvoNorm2dS0': 'another norm than BatchNorm',
     'GlobalContext': 'another attention than squeeze-excite',
@@ -60,7 +60,7 @@ def page(rows: list) -> str:
         ' and '.join(f'`{m}.py`' for m in MODULES)
         + f', of which {len(taken)} are supported and {len(refused)} refused.',
         'Parameters are those with the default number of classes, super-networks those of the default multipliers.',
-        'The five `netaug_*` models come on top.',
+        'The five `netaug_*` models are supported, too.',
         '',
         f'## Supported ({len(taken)})',
         '',
@@ -70,9 +70,9 @@ def page(rows: list) -> str:
         '',
         f'## Refused ({len(refused)})',
         '',
-        'With a message that names the first layer in the way, before anything is changed.',
+        'NetAug refuses these models before it changes anything. The message names the first unsupported layer.',
         '',
-        '| model | because of |',
+        '| model | reason |',
         '|---|---|',
         *(f'| `{name}` | {why} |' for name, _, _, why in refused),
     ]

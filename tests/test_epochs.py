@@ -54,7 +54,7 @@ def test_best_and_numbered_files_hold_the_weights_alone(runs, few_digits):
         assert os.path.getsize(folder / name) < size + 200_000 < os.path.getsize(folder / 'last.pth.tar')
         done = run_python('train.py', '--data-dir', few_digits, *FLAGS, '--output', runs / 'other', '--resume',
                           folder / name, check=False)
-        assert done.returncode == 1 and 'holds the weights of the model alone' in done.stderr
+        assert done.returncode == 1 and 'holds only the weights of the model' in done.stderr
         assert str(folder / 'last.pth.tar') in done.stderr and not (runs / 'other').exists()
     milestone = torch.load(folder / 'milestone-1.pth.tar', weights_only=False)
     assert milestone['epoch'] == 0 and {'optimizer', 'task_state'} <= set(milestone)

@@ -155,14 +155,14 @@ def test_unreadable_images(workers, few_digits, tmp_path):
         assert said.count(str(file)) == 1, said
     assert '3 of 240 images cannot be read so far' in said and epochs_done(tmp_path / 'few') == 2
     done = run_python('validate.py', '--data-dir', data, '--checkpoint', tmp_path / 'few/last.pth.tar', '-j', workers)
-    assert f'1 of 71 images cannot be read so far, and the next one stands in for each. New among them: {broken}' in \
-        done.stdout + done.stderr
+    assert f'1 of 71 images cannot be read so far, and the next image replaces each of them.' \
+           f' Found since the last warning: {broken}' in done.stdout + done.stderr
     for file in files[100:111]:
         truncate(file)
     done = run_python(*command, '--experiment', 'many', check=False)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     assert re.search(
-        r'train.py: error: 1[1-4] of 240 images cannot be read \(.*png.*\): mend or remove them', done.stderr)
+        r'train.py: error: 1[1-4] of 240 images cannot be read \(.*png.*\): repair or remove them', done.stderr)
     for file in files:
         truncate(file)
     for folder in (data / 'train').iterdir():  # fewer than are tried in a row
@@ -186,7 +186,7 @@ def test_wrong_number_of_classes(few_digits, tmp_path):
     done = run_python(
         *COMMAND, '--data-dir', few_digits, '--num-classes', 5, '--output', tmp_path / 'out', check=False)
     assert done.returncode == 1 and not (tmp_path / 'out').exists()
-    assert 'The data set has 10 classes, the model 5: add --num-classes 10.' in done.stderr
+    assert 'The data set has 10 classes, but the model has 5: add --num-classes 10.' in done.stderr
 
 
 @pytest.mark.parametrize('netaug', [True, False])

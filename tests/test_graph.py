@@ -512,7 +512,7 @@ def test_numbers_written_into_the_code(channels):
     if channels is None:
         assert_exact(supernet_of(own(Pooled)))
         return
-    why = "a wider Pooled does not have .* It says: .*module 'head' of type Linear, which fails in a forward pass"
+    why = "a wider Pooled does not have .* Its error: .*module 'head' of type Linear, which fails in a forward pass"
     with pytest.raises(ValueError, match=why):
         augment(own(Pooled), CONFIG, example_input=images(2, 32))
 
@@ -755,7 +755,7 @@ def test_two_super_networks():
     model = nn.Sequential(own(Residual, channels=3, inner=4), own(Residual, channels=3, inner=6))
     for i in range(2):
         model[i] = augment(model[i], CONFIG, example_input=images(2, 32))
-    with pytest.raises(ValueError, match="one super-network is wanted, found '0', '1'"):
+    with pytest.raises(ValueError, match="must have one super-network, found '0', '1'"):
         NetAugTask(model)
     with pytest.raises(ValueError, match='is a super-network already'):
         augment(model, example_input=images(2, 32))

@@ -270,7 +270,7 @@ def test_a_folder_that_computes_something_else(hub, checkpoint, monkeypatch):
         real(make('netaug_mbv2_tiny'), out_dir, run)
 
     monkeypatch.setattr(hub_module, 'export_folder', other)
-    assert 'does not compute what the checkpoint does' in refusal('push', checkpoint, REPO)
+    assert 'The exported model and the checkpoint have different logits' in refusal('push', checkpoint, REPO)
     assert REPO not in hub.repos
 
 
@@ -283,14 +283,14 @@ def test_push_refusals(hub, checkpoint, model, tmp_path, monkeypatch):
     pth = tmp_path / 'weights.pth'
     torch.save(model.state_dict(), pth)
     for argv, said in (
-            ((checkpoint, 'owner/other'), 'owner/other holds another architecture, netaug_mcunet, and this is'),
-            ((checkpoint, 'owner/bert'), 'holds another architecture, of no timm model'),
+            ((checkpoint, 'owner/other'), 'owner/other holds another architecture (netaug_mcunet) than'),
+            ((checkpoint, 'owner/bert'), 'holds another architecture (no timm model) than'),
             ((checkpoint, 'owner/public', '--revision', 'v2'), 'owner/public has no revision v2'),
             ((checkpoint, 'owner/new', '--revision', 'v2'), 'push without --revision first'),
-            ((checkpoint, 'owner/public', '--private'), 'there already and public'),
-            ((checkpoint, 'tiny'), 'tiny is not the name of a repository, which is OWNER/NAME'),
+            ((checkpoint, 'owner/public', '--private'), 'exists already and is public'),
+            ((checkpoint, 'tiny'), 'tiny is not the name of a repository: names have the form OWNER/NAME'),
             ((checkpoint, 'owner/ti ny'), 'owner/ti ny is not the name of a repository'),
-            ((pth, REPO), 'does not say which model it is of: name it with --model'),
+            ((pth, REPO), 'does not say which model it belongs to: name the model with --model'),
             ((pth, REPO, '--model', 'netaug_mbv2_tinny'), 'the nearest name is netaug_mbv2_tiny'),
             ((pth, REPO, '--model', 'netaug_mcunet'), 'does not fit netaug_mcunet'),
             ((checkpoint, REPO, '--model', 'netaug_mcunet'), 'leave --model out'),
@@ -305,7 +305,7 @@ def test_push_refusals(hub, checkpoint, model, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', 'hf_expired')
     assert 'does not accept your token' in refusal('push', checkpoint, REPO)
     monkeypatch.delenv('HF_TOKEN')
-    assert 'You are not logged in: `hf auth login`' in refusal('push', checkpoint, REPO)
+    assert 'You are not logged in: run `hf auth login`' in refusal('push', checkpoint, REPO)
     assert json.dumps(hub.repos, default=str) == before
 
 
@@ -518,7 +518,7 @@ def test_convert(name, hub, tmp_path):
     said = refusal(file, out, '--model', 'netaug_mbv2_tiny', command=convert)
     assert 'does not fit netaug_mbv2_tiny: unmatched keys backbone.' in said
     torch.save({'a': torch.zeros(1)}, file)
-    assert '1 in the file are not of it (a)' in refusal(file, out, '--model', name, command=convert)
+    assert '1 tensors of the file are not in the model (a)' in refusal(file, out, '--model', name, command=convert)
     file.write_text('hello')
     assert 'cannot be read as weights' in refusal(file, out, '--model', name, command=convert)
     assert not out.exists()

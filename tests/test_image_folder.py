@@ -86,7 +86,7 @@ def test_class_maps(folder, content, want):
 
 @pytest.mark.parametrize('content, why', [
     ('dog\ncat\n', 'no entry for the folder class10 of .* and 1 others'),
-    ('dog\ncat\ncat\n', 'the name cat stands there twice'),
+    ('dog\ncat\ncat\n', 'the name cat is listed twice'),
     (None, 'Cannot locate specified class map file'),
 ])
 def test_wrong_class_maps(folder, content, why):
@@ -120,7 +120,7 @@ def test_channels():
             return torch.zeros(1, 4, 4), 0
 
     check_channels(Set(), 1)
-    with pytest.raises(UserError, match="The images have 1 channel, the model's input 3: build it with --in-chans 1"):
+    with pytest.raises(UserError, match="The images have 1 channel, but the model's input has 3: add --in-chans 1"):
         check_channels(Set(), 3)
 
 
@@ -141,5 +141,5 @@ def test_archive(folder, caplog):
     dataset = open_dataset(DataSource(str(folder / 'x.tar')), 'train', 3)
     with caplog.at_level(logging.WARNING):
         check_split(dataset, str(folder / 'x.tar'), 'train')
-    assert 'the train split is all of its images' in caplog.text
+    assert 'the train split consists of all of its images' in caplog.text
     assert len(dataset) == 8 and class_names(dataset) is not None and dataset[0][0].mode == 'RGB'

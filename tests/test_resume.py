@@ -197,7 +197,7 @@ def test_checkpoint_of_timms_own_script_is_refused(few_digits, tmp_path):
     done = run_python('train.py', '--data-dir', few_digits, *FLAGS, '--resume', last, '--output', tmp_path / 'out',
                       check=False)
     assert done.returncode == 1 and 'Traceback' not in done.stderr and not (tmp_path / 'out').exists()
-    assert re.search(r'--resume: \S+last.pth.tar is not a checkpoint of this train.py .*: go on from its weights with'
+    assert re.search(r'--resume: \S+last.pth.tar is not a checkpoint of this train.py .*: start from its weights with'
                      r' --initial-checkpoint instead', done.stderr)
 
 
@@ -206,7 +206,7 @@ def test_changed_flags_are_told(undisturbed, few_digits, tmp_path):
         'train.py', '--data-dir', few_digits, *FLAGS, '--epochs', 6, '--sched', 'step', '--lr', 1e-3, '--weight-decay',
         0.25, '--resume', undisturbed[0] / 'last.pth.tar', '--output', tmp_path, '--experiment', 'run')
     for said in ('lr was 0.5, is 0.001', 'epochs was 5, is 6', 'weight_decay was 2e-05, is 0.25',
-                 'best metric and summary begin anew'):
+                 'best metric and summary start anew'):
         assert said in done.stderr
     assert 'seed was' not in done.stderr
     # ... and hold
@@ -224,7 +224,7 @@ def test_going_back_needs_another_folder(undisturbed, few_digits):
     if torch.load(earlier, weights_only=False)['epoch'] == 4:  # the best and the second best end the run
         assert done.returncode == 0
     else:
-        assert done.returncode == 1 and 'choose another --experiment to train them anew' in done.stderr
+        assert done.returncode == 1 and 'choose another --experiment to train these epochs again' in done.stderr
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 

@@ -70,7 +70,7 @@ def test_every_flag_of_timm(script, parser, table):
     (['--torchscript', '--torchcompile'], '--torchscript and --torchcompile do not go together'),
     (['--netaug', '--netaug-every', '0'], '--netaug-every must be'),
     (['--netaug', '--netaug-distill', '-1'], '--netaug-distill must be'),
-    (['--netaug', '--netaug-batch-fraction', '0'], '--netaug-batch-fraction is a share'),
+    (['--netaug', '--netaug-batch-fraction', '0'], '--netaug-batch-fraction must be a share'),
     (['--netaug', '--netaug-batch-fraction', '0.5', '--aug-splits', '2'], 'does not go together with --aug-splits'),
     (['--drop-path', '0.1', '--drop-connect', '0.1'], '--drop-connect is the old name'),
     (['--netaug', '--torchcompile', '--grad-checkpointing'], 'do not go together with --netaug: compiled code'),
@@ -423,7 +423,7 @@ def test_distillation_through_the_script(few_digits, teachers, tmp_path):
 
 @pytest.mark.parametrize('argv, said', [
     (['--model', 'mixnet_s', '--netaug'], "module 'blocks.1.0.conv_pw' of type MixedConv2d, which applies split"),
-    (['--model', 'netaug_mcunet', '--num-classes', 5], 'has 10 classes, the model 5: add --num-classes 10'),
+    (['--model', 'netaug_mcunet', '--num-classes', 5], 'has 10 classes, but the model has 5: add --num-classes 10'),
     (['--model', 'no_such_model'], 'Unknown model no_such_model; the nearest name is'),
     (['--model', 'netaug_mcunet', '--data-dir', '/no/such'], 'there is no folder /no/such'),
     (['--model', 'mobilenetv2_035', '--pretrained'], 'No pretrained weights exist'),
@@ -436,23 +436,23 @@ def test_distillation_through_the_script(few_digits, teachers, tmp_path):
     (['--model', 'netaug_mcunet', '--netaug', '--netaug-every', 13], 'at most the 12 updates of an epoch here'),
     (['--model', 'netaug_mcunet', '--opt', 'sgdd'], '--opt sgdd cannot be built: Optimizer sgdd not found'),
     (['--model', 'netaug_mcunet', '--sched', 'cosin'], "--sched cosin cannot be built: Unknown scheduler 'cosin'"),
-    (['--model', 'netaug_mcunet', '--aa', 'v1'], '--aa v1 is no policy of timm, .*Unknown AA policy v1'),
-    (['--model', 'netaug_mcunet', '--aa', 'randx-m9'], '--aa randx-m9 is no policy of timm'),
+    (['--model', 'netaug_mcunet', '--aa', 'v1'], '--aa v1 is not a policy of timm, .*Unknown AA policy v1'),
+    (['--model', 'netaug_mcunet', '--aa', 'randx-m9'], '--aa randx-m9 is not a policy of timm'),
     (['--model', 'netaug_mcunet', '--torchcompile', 'foo'], "--torchcompile foo cannot be carried out: .*'foo'"),
     (['--model', 'netaug_mcunet', '--sync-bn'], '--sync-bn: PyTorch synchronises BatchNorm on CUDA only'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'resnet999'], 'Unknown model resnet999; the nearest name is'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'mobilenetv2_035'], 'cannot be loaded: No pretrained weights'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:/no/such'], 'local-dir:/no/such cannot be loaded'),
-    (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/3'], 'is for 3 classes, the student for 10'),
+    (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/3'], 'is for 3 classes, but the student'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/vit'], 'does not take images of 3 x 32 x 32'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/letters'], 'has other classes .*a, here 0'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/same', '--kd-distill-type', 'feature',
-      '--kd-teacher-feature-dim', 7], 'the teacher has 96 features, what the student is projected to 7'),
+      '--kd-teacher-feature-dim', 7], 'the teacher has 96 features, but .* projected to 7'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/same', '--kd-distill-type', 'feature',
       '--kd-student-feature-dim', 7], '--kd-student-feature-dim 7 is not the number of features'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/8'], 'is for 8 classes'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/same', '--in-chans', 1],
-     'has a normalisation for 3 channels, the images have 1'),
+     'has a normalisation for 3 channels, but the images have 1'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/vit32', '--train-img-sizes', 16, 32],
      'does not take images of 3 x 16 x 16'),
     (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/same', '--kd-distill-type', 'token'],
@@ -476,8 +476,8 @@ def test_wrong_input_gets_one_sentence(argv, said, digits, teachers, tmp_path, c
     ('--initial-checkpoint', 'resnet.pth', 'Missing key'),
     ('--pretrained-path', 'truncated.safetensors', 'truncated.safetensors cannot be read as weights'),
     ('--pretrained-path', 'resnet.pth', 'size mismatch for bn1.weight'),
-    ('--pretrained-path', 'vit.pth', 'is of another model than test_efficientnet: 47 of its 47 tensors'),
-    ('--pretrained-path', 'shallow.pth', r'is of another model than test_efficientnet: \d+ of its 47 tensors'),
+    ('--pretrained-path', 'vit.pth', 'is of another model than test_efficientnet: 47 of the 47 tensors'),
+    ('--pretrained-path', 'shallow.pth', r'is of another model than test_efficientnet: \d+ of the 47 tensors'),
     ('--kd-model-name', 'broken', 'broken cannot be loaded'),
 ])
 def test_weights_to_start_from_that_are_wrong(flag, content, said, few_digits, teachers, tmp_path, monkeypatch):
@@ -535,16 +535,17 @@ def test_one_class_where_more_are_asked_for(few_digits, tmp_path):
     for split in ('train', 'validation'):
         (tmp_path / 'data' / split).mkdir(parents=True)
         (tmp_path / 'data' / split / '7').symlink_to(few_digits / split / '7')
-    said = 'The data set has one class, 7, and a classifier needs at least two: put the images of each class into a folder'
+    said = 'put the images of each class into a folder of their own'
     done = run_python('train.py', '--data-dir', tmp_path / 'data', *SMALL_RUN, '-b', 12, '-j', 0, '--output',
                       tmp_path / 'out', check=False)
     assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
+    assert 'The data set has one class, 7, and a classifier needs at least two' in done.stderr
     assert not (tmp_path / 'out').exists()
     torch.save(make('test_efficientnet').state_dict(), tmp_path / 'weights.pth')
     done = run_python('validate.py', '--data-dir', tmp_path / 'data', '--model', 'test_efficientnet', '--num-classes',
                       10, '--img-size', 32, '--checkpoint', tmp_path / 'weights.pth', '-j', 0, check=False)
-    said = 'The data set has one class, 7, the model 10: the images of each class go into a folder of their own'
     assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
+    assert 'The data set has one class, 7, but the model has 10' in done.stderr
     assert '--result' not in done.stdout
 
 

@@ -262,7 +262,7 @@ def test_not_a_stock_model():
     supernet = make_supernet()
     with pytest.raises(ValueError, match='EfficientNetSuperNet'):
         augment(supernet)
-    with pytest.raises(ValueError, match='reset the stock model'):
+    with pytest.raises(ValueError, match='of the stock model, then augment'):
         supernet.reset_classifier(3)
 
 
@@ -531,7 +531,7 @@ def test_optimizers_that_cannot_be_sorted():
 
     optimizer.step(closure)
     before = copy.deepcopy(supernet.state_dict())
-    with pytest.raises(ValueError, match="LBFGS keeps a '.*' for 'conv_stem.weight' that is of other parameters, too"):
+    with pytest.raises(ValueError, match="LBFGS keeps a '.*' for 'conv_stem.weight' that belongs to other parameters"):
         supernet.sort_channels(optimizer)
     assert all(torch.equal(before[k], v) for k, v in supernet.state_dict().items())
 

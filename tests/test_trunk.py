@@ -272,9 +272,9 @@ def test_an_error_leaves_nothing_behind():
 
 @pytest.mark.parametrize('from_stage, why', [
     (7, 'EfficientNet has the stages 0 to 6'),
-    ('head', "'head' of EfficientNet is no module of it. Name a module, such as 'blocks.0'"),
-    ('conv_stem', 'no module lies before it. The nearest modules that it can branch before: '),
-    ('blocks.2.1.conv_pwl', r"2 activations go past it .*nearest modules.*'blocks.2.2'"),
+    ('head', "'head' is not a module of EfficientNet. Name a module, such as 'blocks.0'"),
+    ('conv_stem', 'no module lies before it. The nearest modules before which it can branch: '),
+    ('blocks.2.1.conv_pwl', r"2 activations cross it .*nearest modules.*'blocks.2.2'"),
 ])
 def test_refused_branches(from_stage, why):
     with pytest.raises(ValueError, match=f'from_stage.*{why}'):
@@ -313,7 +313,7 @@ def test_overwritten_activation_is_refused():
         def forward(self, x):
             return self.head(self.out(self.stem(x).relu_()))
 
-    with pytest.raises(ValueError, match="the output of 'stem' is overwritten behind it"):
+    with pytest.raises(ValueError, match="the output of 'stem' is overwritten after it"):
         augment(InPlace(), NetAugConfig(from_stage='out'), example_input=images(2, 32))
 
 
@@ -459,9 +459,9 @@ def test_own_networks(kind, early):
 
 
 @pytest.mark.parametrize('kind, why', [
-    (Overwritten, "the output of 'layer1' is overwritten behind it"),
-    (Identical, r'1 activations go past it \(layer1, same\)'),
-    (Stashed, r'2 activations go past it \(layer1, of modules within\)'),
+    (Overwritten, "the output of 'layer1' is overwritten after it"),
+    (Identical, r'1 activations cross it \(layer1, same\)'),
+    (Stashed, r'2 activations cross it \(layer1, of modules within\)'),
 ])
 def test_own_networks_that_cannot_branch(kind, why):
     with pytest.raises(ValueError, match=why):
@@ -486,7 +486,7 @@ def test_hooks_of_a_feature_extractor(early):
         results.append((result, {n: p.grad for n, p in supernet.named_parameters()}, dict(supernet.named_buffers())))
     assert_same(*results)
     inner = timm.create_model('tf_efficientnet_lite0', features_only=True, feature_location='expansion')
-    with pytest.raises(ValueError, match='activations go past it .*of modules within'):
+    with pytest.raises(ValueError, match='activations cross it .*of modules within'):
         augment(inner, NetAugConfig(from_stage=3))
 
 

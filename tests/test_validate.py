@@ -181,8 +181,9 @@ def test_valid_labels(run, checkpoint, tmp_path, data, logits):
     rows = np.isin(data.labels, part)
     want = np.array(part)[logits[rows][:, part].argmax(1)] == data.labels[rows]
     assert call('3\n7\n9\n')['top1'] == share(want) and call('3\n7\n9\n')['top5'] == 100
-    for text, said in (('3\n7\n', '2 lines, the data set 3 classes'), ('3\n9\n7\n', 'in its order, which is 3, 7, 9'),
-                       ('3\n7\n10\n', 'from 0 to 9'), ('3\n3\n9\n', 'different ones'), ('3\nx', 'class indices')):
+    for text, said in (('3\n7\n', '2 lines, but the data set has 3 classes'),
+                       ('3\n9\n7\n', 'in its order, which is 3, 7, 9'), ('3\n7\n10\n', 'from 0 to 9'),
+                       ('3\n3\n9\n', 'must be distinct'), ('3\nx', 'class indices')):
         with pytest.raises(UserError, match=said):
             call(text)
 
@@ -206,12 +207,12 @@ def test_real_labels(run, checkpoint, tmp_path, data, logits):
         order = np.argsort(-logits, 1, 'stable')[:, :k]
         want = [bool(set(order[i].tolist()) & set(real[n])) for i, n in zip(keep, numbers) if real[n]]
         assert 0 < len(want) < len(keep) and got[f'top{k}'] == share(want)
-    for text, said in ((json.dumps(real[1:]), 'is not of the'), ('{', 'takes the JSON file'), ('3', 'takes the JSON')):
+    for text, said in ((json.dumps(real[1:]), 'does not fit the'), ('{', 'takes the JSON'), ('3', 'takes the JSON')):
         file.write_text(text)
         with pytest.raises(UserError, match=said):
             run(*argv)
     file.write_text(json.dumps([[0]] * len(data.labels)))
-    with pytest.raises(UserError, match='the names that they have in ImageNet'):
+    with pytest.raises(UserError, match='their names in ImageNet'):
         run('--checkpoint', checkpoint, '--real-labels', file)
 
 
@@ -239,7 +240,7 @@ def test_overflow_is_valid_json(run, tmp_path, model):
 
 
 def test_labels_out_of_range_do_not_reach_the_loss():
-    with pytest.raises(UserError, match='labels from 0 to 3, the classes that are evaluated are 3'):
+    with pytest.raises(UserError, match='labels from 0 to 3, but only 3 classes are evaluated'):
         LabelEvaluator(torch.device('cpu')).update(torch.zeros(2, 3), torch.tensor([0, 3]))
 
 
@@ -264,7 +265,7 @@ def test_folder_of_checkpoints(run, model, tmp_path, logits, data, monkeypatch):
         hits_in(logits, data.labels, 1))
     assert by_name['checkpoint-2.pth.tar']['model'] == 'netaug_mcunet'
     assert 'truncated' in by_name['broken-3.pth.tar']['error']
-    assert all('name it with --model' in by_name[f'foreign.{s}']['error'] for s in ('pth', 'safetensors'))
+    assert all('name the model with --model' in by_name[f'foreign.{s}']['error'] for s in ('pth', 'safetensors'))
     top1 = [float(r['top1'] or -1) for r in rows]
     assert top1 == sorted(top1, reverse=True) and [bool(r['error']) for r in rows] == [False, False, True, True, True]
 
@@ -314,10 +315,10 @@ def test_names(run, model, checkpoint, tmp_path, capsys, monkeypatch):
     assert not any(n.startswith('vit_small_patch14_dinov2') for n, _ in everything)  # no classifier
     (tmp_path / 'empty').mkdir()
     for argv, said in ((['--model', 'netaug_x*'], 'there is no such model'), (['--model', 'netaug_x'], 'Unknown model'),
-                       (['--model', 'netaug_*', '--checkpoint', checkpoint], 'needs one --model'),
-                       (['--checkpoint', tmp_path / 'out', '--model', names], 'needs one --model'),
+                       (['--model', 'netaug_*', '--checkpoint', checkpoint], 'needs a single model'),
+                       (['--checkpoint', tmp_path / 'out', '--model', names], 'needs a single model'),
                        (['--checkpoint', tmp_path / 'empty'], 'There is no checkpoint .* in the folder'),
-                       (['--model', checkpoint], 'a checkpoint goes to --checkpoint')):
+                       (['--model', checkpoint], 'pass a checkpoint with --checkpoint')):
         with pytest.raises(UserError, match=said):
             run(*argv)
 
@@ -442,7 +443,7 @@ def test_naflex(run, tmp_path, data, checkpoint):
 def test_tf_preprocessing(run, checkpoint, tmp_path, data, logits):
     """TensorFlow's decoding and resizing are close to PIL's, where it is installed."""
     pytest.importorskip('tensorflow')
-    with pytest.raises(UserError, match='--tf-preprocessing reads JPEG images only'):
+    with pytest.raises(UserError, match='--tf-preprocessing reads only JPEG images'):
         run('--checkpoint', checkpoint, '--tf-preprocessing')
     for file, label in data.files[::5]:
         folder = tmp_path / 'jpeg' / str(label)
@@ -536,10 +537,10 @@ def test_weights_of_another_network(run, model, tmp_path, capsys, monkeypatch):
     assert re.search(r'does not fit netaug_mbv2_tiny: .*of another architecture.*--model',
                      refused(run, capsys, monkeypatch, file, *name)[0])
     torch.save(model.state_dict(), file)
-    assert 'give the number that the file is of with --num-classes' in refused(
+    assert 'set --num-classes to the number in the file' in refused(
         run, capsys, monkeypatch, file, *name, '--num-classes', 7)[0]
     assert '--in-chans' in refused(run, capsys, monkeypatch, file, *name, '--in-chans', 1)[0]
-    assert 'name it with --model' in refused(run, capsys, monkeypatch, file)[0]
+    assert 'name the model with --model' in refused(run, capsys, monkeypatch, file)[0]
     with pytest.raises(UserError, match='There is no checkpoint /no/such.pth'):
         run('--checkpoint', '/no/such.pth')
     # A super-network in the place of a run's tiny model: both commands say the same.

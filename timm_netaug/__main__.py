@@ -7,20 +7,24 @@ __all__ = ['main', 'run_old_form']
 
 _COMMANDS = {
     'export': 'write a checkpoint of train.py as a folder for timm.create_model',
-    'convert': "write a .pth file of the NetAug authors as such a folder",
+    'convert': "write a .pth file of the NetAug authors as a folder for timm.create_model",
     'hub': 'push a model to the Hugging Face Hub, or pull one',
+<<<<<<< HEAD
     'deploy': 'write an int8 file for microcontrollers, measured by running it',
     'info': 'tell what a model costs on a microcontroller',
+=======
+    'info': 'show what a model costs on a microcontroller',
+>>>>>>> a5eab406e3ad483c29a87cf1fc88148271037713
 }
 _HELP = '\n'.join([
-    'usage: python -m timm_netaug COMMAND ... (--help after a command explains it)',
+    'usage: python -m timm_netaug COMMAND ... (COMMAND --help explains a command)',
     '',
     *(f'  {name:8}  {text}' for name, text in _COMMANDS.items()),
 ])
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run the command that a command line names first."""
+    """Run a command, which is the first argument."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
     if command in ('-h', '--help'):
         print(_HELP)
@@ -32,7 +36,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 def run_old_form(command: str) -> None:
     """Run a command that was started as `python -m timm_netaug.COMMAND`."""
-    print(f'`python -m timm_netaug.{command}` is `python -m timm_netaug {command}` now.', file=sys.stderr)
+    print(f'`python -m timm_netaug.{command}` is now `python -m timm_netaug {command}`.', file=sys.stderr)
     main([command, *sys.argv[1:]])
 
 

@@ -9,7 +9,7 @@ _WEIGHTS = Path(__file__).parent / 'weights'
 
 
 def bundled_folder(name: str) -> Optional[Path]:
-    """Return the folder of the weights that ARCH.TAG names, None where there are none."""
+    """Return the folder of the bundled weights with the name ARCH.TAG, None if there are none of this name."""
     return next((file.parent for file in _WEIGHTS.glob('*/config.json') if file.parent.name == name), None)
 
 

@@ -1,4 +1,4 @@
-"""The model card of a Hub repository, filled from the facts in its `config.json`; what is not known is left out."""
+"""The model card of a Hub repository, filled from the facts in its `config.json`. Unknown facts are left out."""
 import re
 import shlex
 from typing import Any, Dict, List, Mapping
@@ -29,7 +29,7 @@ CITATION = """@inproceedings{cai2022netaug,
 
 
 def known_facts(config: Mapping[str, Any]) -> Dict[str, Any]:
-    """Return the facts that a `config.json` has, without what is of another kind than ours."""
+    """Return the facts that a `config.json` has about a training, without unknown keys and values of the wrong type."""
     facts = config.get('timm_netaug')
     facts = {k: v for k, v in facts.items() if isinstance(v, _FACTS.get(k, ()))} if isinstance(facts, dict) else {}
     for key in ('command', 'evaluated_with'):
@@ -116,7 +116,7 @@ Flash and RAM are for {size}. {MEMORY_MODEL}""",
         done = f'{facts["epoch"]} of {facts["epochs"]} epochs' if {'epoch', 'epochs'} <= set(facts) else ''
         parts.append('## Training\n\n' + shell_block([*program, 'train.py', '--data-dir', 'DATA', *command]) + (
             f'\n\nThe weights are those after {done}. ' if done else '\n\n')
-            + 'Flags that are not there have the defaults of `train.py`.')
+            + 'Flags that are not listed have the defaults of `train.py`.')
     if facts.get('dataset'):
         terms = f': {facts["dataset_terms"]}' if facts.get('dataset_terms') else ''
         parts.append(f'## Data\n\n{facts["dataset"]}{terms}')
@@ -143,7 +143,7 @@ def _numbers(values: List[float]) -> str:
 
 
 def shell_block(words: List[str]) -> str:
-    """Return a block with a command, broken before flags where its lines get long."""
+    """Return a code block with a command, with line breaks before flags where lines would be too long."""
     lines = ['']
     for i, word in enumerate(words):
         flag = word.startswith('--')

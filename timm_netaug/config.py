@@ -1,4 +1,4 @@
-"""What shapes a super-network (`NetAugConfig`), and how it is trained (`NetAugTraining`)."""
+"""Configurations: the shape of a super-network (`NetAugConfig`), and how it is trained (`NetAugTraining`)."""
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ _OF_MODELS: Dict[str, Dict[str, Tuple[float, ...]]] = {}  # timm architecture ->
 
 
 def register_defaults(architecture: str, **mults: Tuple[float, ...]) -> None:
-    """Register multipliers that a model has by default, by its timm architecture name."""
+    """Register the default multipliers of a timm architecture."""
     _OF_MODELS[architecture] = mults
 
 
@@ -20,7 +20,7 @@ def _is_number(value: Any) -> bool:
 
 
 class _Fields:
-    """What the two configurations share: range checks, and fields as plain data."""
+    """The common base of both configurations: range checks, and fields as plain data."""
 
     def _check(self, name: str, valid: bool, wanted: str) -> None:
         if not valid:
@@ -55,12 +55,14 @@ class NetAugConfig(_Fields):
     """The shape of a super-network.
 
     Args:
-        width_mults: Multipliers that the width of the stem, of every untied block and of the head is drawn from.
-            None stands for the model's default: the paper's for the five `netaug_*` models, 1 1.8 2.6 elsewhere.
-        expand_mults: Multipliers that the expansion ratio of every block is drawn from, None as above (1 1.6 2.2 2.8).
-        divisor: Augmented widths are rounded to the nearest multiple of it. The reference uses 1.
-        from_stage: Number of the first stage that is augmented, or name of a module that the network branches before.
-            What lies before it, the trunk, is computed once for the tiny and the augmented pass. 0: the whole network
+        width_mults: Multipliers of widths, from which the stem, the head and every set of blocks that skip connections
+            tie together draw one each. None for the model's default: the paper's multipliers for the five `netaug_*`
+            models, (1, 1.8, 2.6) for other models.
+        expand_mults: Multipliers of expansion ratios, from which every block draws one. None for the model's default,
+            (1, 1.6, 2.2, 2.8).
+        divisor: Augmented widths are rounded to the nearest multiple of it. The reference implementation uses 1.
+        from_stage: Number of the first stage that is augmented, or name of the first module that is augmented. The
+            modules before it, the trunk, are computed once for the tiny and the augmented pass. 0: the whole network
             is augmented, as in the paper.
 
     Raises:
@@ -85,7 +87,7 @@ class NetAugConfig(_Fields):
         self._check('from_stage', valid, 'must be the number of a stage, from 0, or the name of a module')
 
     def resolve(self, architecture: str) -> 'NetAugConfig':
-        """Return the configuration with the defaults of a model, by its timm architecture name, filled in."""
+        """Return the configuration, with the default multipliers of a timm architecture in place of None."""
         defaults = {**_DEFAULTS, **_OF_MODELS.get(architecture, {})}
         return dataclasses.replace(self, **{k: getattr(self, k) or v for k, v in defaults.items()})
 
@@ -97,12 +99,13 @@ class NetAugTraining(_Fields):
     Args:
         alpha: Weight of the augmented sub-network's loss (equation 3 of the paper).
         stop_width_at: Fraction of the epochs after which widths are no longer augmented, nor channels sorted.
-        sort: Bring the most important expansion channels to the front at the start of each epoch up to then.
-        distill: Weight of a loss by which the tiny network learns from the augmented sub-network's output, too. The
-            paper has no such loss.
-        batch_fraction: The augmented sub-network sees this leading share of a batch (the paper: all of it).
-        every: The augmented sub-network is trained in every n-th update step, with n-fold weights of its losses (the
-            paper: in all of them).
+        sort: Whether to bring the most important expansion channels to the front at the start of each epoch, as long as
+            widths are augmented.
+        distill: Weight of in-situ distillation: a loss by which the tiny network also learns from the output of the
+            augmented sub-network. The paper has no such loss.
+        batch_fraction: Share of the batch that the augmented sub-network gets, from its beginning. The paper uses 1.
+        every: Train the augmented sub-network only in every n-th update step, with n times the weight of its losses.
+            The paper uses 1.
 
     Raises:
         ValueError: A field is out of its range.
@@ -120,14 +123,14 @@ class NetAugTraining(_Fields):
             self._check(name, in_range, 'must be a number of at least 0')
         self._check_whole('every')
         in_range = _is_number(self.batch_fraction) and 0 < self.batch_fraction <= 1
-        self._check('batch_fraction', in_range, 'is a share of the batch, above 0 up to 1')
+        self._check('batch_fraction', in_range, 'must be a share of the batch, above 0 and at most 1')
         in_range = _is_number(self.stop_width_at) and 0 <= self.stop_width_at <= 1
-        self._check('stop_width_at', in_range, 'is a fraction of the epochs, from 0 to 1')
+        self._check('stop_width_at', in_range, 'must be a fraction of the epochs, from 0 to 1')
         self._check('sort', isinstance(self.sort, bool), 'must be True or False')
 
 
 def split_fields(fields: Mapping[str, Any]) -> Tuple[NetAugConfig, NetAugTraining]:
-    """Build both configurations of the fields that checkpoints hold in one dict.
+    """Build both configurations from one dict with the fields of both, as checkpoints hold it.
 
     Raises:
         ValueError: A field is unknown or out of its range.

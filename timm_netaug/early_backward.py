@@ -1,4 +1,4 @@
-"""Gradients taken ahead of `backward()`, so that the activations of one pass at a time are in memory."""
+"""Gradients computed before `backward()` is called, so that only one pass at a time has its activations in memory."""
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
@@ -8,13 +8,13 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ['can_take_gradient', 'leading', 'replaced', 'take_gradient']
 
-_LARGE = 2 ** 14  # elements from which a filled tensor costs more than a function in Python
-_taken: Optional[Dict[torch.Tensor, torch.Tensor]] = None  # gradients of slices, by parameter, while they are taken
+_LARGE = 2 ** 14  # with this many elements, filling a tensor costs more than an autograd function in Python
+_taken: Optional[Dict[torch.Tensor, torch.Tensor]] = None  # gradients of slices by parameter, in `take_gradient` only
 
 
 class _Leading(torch.autograd.Function):
-    """The leading slice of a large parameter. Its gradient is zero elsewhere. While `take_gradient` runs, the gradient
-    is kept as it is: a tensor of the super-network's size for every weight would cost a step some percent."""
+    """The leading slice of a large parameter. The parameter's gradient is zero outside the slice. In `take_gradient`,
+    only the gradient of the slice is kept: full tensors for all weights would slow a step down by some percent."""
 
     @staticmethod
     def forward(ctx: Any, parameter: torch.Tensor, index: tuple) -> torch.Tensor:
@@ -36,7 +36,7 @@ def leading(tensor: torch.Tensor, *sizes: int) -> torch.Tensor:
     """Return the leading slice of a parameter of a layer.
 
     Args:
-        sizes: Of the first dimensions. The others stay whole.
+        sizes: Sizes of the slice in the first dimensions. The slice has all of the other dimensions.
     """
     if tensor.shape[:len(sizes)] == sizes:
         return tensor
@@ -50,10 +50,10 @@ def leading(tensor: torch.Tensor, *sizes: int) -> torch.Tensor:
 class _KnownGradient(torch.autograd.Function):
     """A loss whose gradient has been computed already, and whose activations have been freed.
 
-    Its backward pass hands every parameter its gradient, times the gradient of the loss. So a parameter's hooks
-    (DistributedDataParallel has some) see the gradient arrive in `backward()`, as always. Only the slices of the tiny
-    network are kept, because its gradients are zero elsewhere. Large weights have stand-ins for the augmented pass: the
-    known gradient is added to that of the stand-in, so that no tensor has to be filled with zeros around it.
+    Its backward pass returns every parameter's known gradient, multiplied by the gradient of the loss. So hooks of
+    parameters, such as those of DistributedDataParallel, see the gradient in `backward()` as usual. Only the slices of
+    the tiny network are stored, because the gradients are zero outside them. The augmented pass uses stand-ins for
+    large weights. The known gradient is added to the gradient of the stand-in, which saves a tensor filled with zeros.
     """
 
     @staticmethod
@@ -85,8 +85,8 @@ class _KnownGradient(torch.autograd.Function):
             if known is None:
                 continue
             if full[i] is not None:
-                # The tensor is ours to write into, because a stand-in is read as a slice or by a convolution, whose
-                # gradients are new tensors.
+                # Writing in place is safe: stand-ins are used as slices or by convolutions, and the gradients of both
+                # are new tensors.
                 full[i][slices].addcmul_(known, grad)
             elif known.shape == shape:
                 full[i] = known * grad
@@ -97,15 +97,15 @@ class _KnownGradient(torch.autograd.Function):
 
 
 def can_take_gradient(module: nn.Module, others: Any) -> bool:
-    """Tell whether the gradient of a loss may be computed ahead of `backward()`.
+    """Return whether the gradient of a loss may be computed before `backward()` is called.
 
-    It may not under float16 autocast, where the loss has to be scaled first; where other tensors than the module's
-    parameters need a gradient; where DistributedDataParallel has a static graph or looks for unused parameters; nor
-    where hooks on parameters would see two gradients.
+    It may not under float16 autocast, because the loss has to be scaled first; if other tensors than the module's
+    parameters need a gradient; if DistributedDataParallel has a static graph or looks for unused parameters; or if
+    parameters have hooks, because these would see two gradients.
 
     Args:
         module: The trained module, possibly inside DistributedDataParallel.
-        others: What else goes into the loss: input, target, parameters of the criterion.
+        others: All else that the loss depends on: input, target, parameters of the criterion.
     """
     kind = next(module.parameters()).device.type
     half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
@@ -124,13 +124,13 @@ def take_gradient(
     """Compute the gradient of a loss now, and free the activations.
 
     Args:
-        slices: For parameters that the network uses a part of: the index of that part.
-        crossing: Activations that the loss depends on, and the copies without a graph that it was computed from. The
-            returned loss has its gradient at the activations, whose graph is left as it is.
+        slices: For parameters of which the network uses only a part, the index of that part.
+        crossing: Pairs of an activation and its detached copy, from which the loss was computed. The returned loss
+            passes its gradient on to the activations, whose graph is kept.
 
     Returns:
-        The loss to call `backward()` on, and stand-ins for large parameters, which the rest of that loss has to be
-        computed with (see `replaced`).
+        The loss to call `backward()` on, and stand-ins for large parameters. The rest of the loss must be computed with
+        these stand-ins (see `replaced`).
     """
     global _taken
     crossing = [(a, b) for a, b in crossing if b.requires_grad]
@@ -159,7 +159,7 @@ def replaced(module: nn.Module, stand_ins: Mapping[torch.Tensor, torch.Tensor]) 
     places = [(m, key, stand_ins[p]) for m in module.modules() for key, p in m._parameters.items() if p in stand_ins]
     try:
         for m, key, stand_in in places:
-            vars(m)[key] = stand_in  # is found before what is in `_parameters`
+            vars(m)[key] = stand_in  # attribute access finds it before the entry of `_parameters`
         yield
     finally:
         for m, key, _ in places:

@@ -1,4 +1,4 @@
-"""Errors of users, and how a command tells them."""
+"""Errors in a user's input, and how a command reports them."""
 import difflib
 import sys
 from contextlib import contextmanager
@@ -10,14 +10,14 @@ __all__ = ['UserError', 'check_model_name', 'exit_on_user_error', 'first_line', 
 
 
 class UserError(Exception):
-    """Wrong input: its message is all that a user of a command gets to see."""
+    """An error in a user's input. A command prints the message alone, without a traceback."""
 
 
 def check_model_name(name: str) -> None:
-    """Refuse a name that neither timm nor this package registers, with the nearest one that is.
+    """Refuse a model name that neither timm nor this package registers.
 
     Raises:
-        UserError: One sentence with the nearest name.
+        UserError: The name is unknown. The message has the nearest name that is registered.
     """
     if ':' not in name and not is_model(name):
         near = difflib.get_close_matches(name.split('.')[0], list_models(), 1, 0)
@@ -25,22 +25,22 @@ def check_model_name(name: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first sentence of another library's error; some have no text at all, others end with advice."""
+    """Return the first sentence of another library's error, which may have more text, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].split('. ')[0].rstrip('.')
 
 
 @contextmanager
 def rewording(subject: str, *errors: Type[BaseException], hint: str = '', whole: bool = False) -> Iterator[None]:
-    """Turn errors of another library into one sentence: what failed, what the library says of it, what to do.
+    """Turn errors of another library into one message: what failed, the text of the error, and what to do.
 
     Args:
-        subject: What failed; a colon and the library's words follow.
-        errors: Types of errors; none of them for all.
-        hint: What to do, a sentence.
+        subject: What failed. A colon and the text of the error follow it.
+        errors: Types of errors that are turned. Without any, all errors are.
+        hint: A sentence about what to do.
         whole: Keep the whole text of the error, not only its first sentence.
 
     Raises:
-        UserError: In place of such an error. Errors of this type pass as they are.
+        UserError: An error of one of these types was raised. A `UserError` passes unchanged.
     """
     try:
         yield
@@ -53,7 +53,7 @@ def rewording(subject: str, *errors: Type[BaseException], hint: str = '', whole:
 
 @contextmanager
 def exit_on_user_error(program: str) -> Iterator[None]:
-    """End a command with one sentence and a non-zero exit status where its input is wrong."""
+    """End a command with a message and a non-zero exit status if its input is wrong."""
     try:
         yield
     except (UserError, OSError) as e:

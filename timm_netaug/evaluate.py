@@ -1,4 +1,4 @@
-"""Evaluation: `evaluate_model` opens a data set and measures a model on it, `evaluate` is the pass over a loader."""
+"""Evaluation: `evaluate_model` opens a data set and evaluates a model on it, `evaluate` runs over a given loader."""
 import logging
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,7 +32,7 @@ _SHORT_OF_MEMORY = ('out of memory', "can't allocate memory", 'alloc_failed')  #
 
 
 def progress_bar(loader, description: str, enabled: bool = True) -> tqdm:
-    """Wrap a loader in a bar that shows in a terminal only; elsewhere `disable` is set, and the caller logs lines."""
+    """Wrap a loader in a progress bar. Without a terminal, its `disable` is set, and the caller logs lines instead."""
     disable = None if enabled else True
     return tqdm(
         watched(loader), total=len(loader), desc=description, disable=disable, leave=False, dynamic_ncols=True)
@@ -42,7 +42,7 @@ def to_device(batch: Any, device: torch.device, dtype: Optional[torch.dtype] = N
     """Move a tensor, or all tensors in lists and dicts (patches of a NaFlex loader, targets of detection), to a device.
 
     Args:
-        dtype: Type that tensors of floating-point numbers are converted to; a tensor alone is converted in any case.
+        dtype: Type to which floating-point tensors are converted. A single tensor is always converted.
     """
     if torch.is_tensor(batch):
         return batch.to(device=device, dtype=dtype)
@@ -68,9 +68,9 @@ def evaluate(
     """Evaluate a model over a whole loader.
 
     Args:
-        dtype: Type that images are converted to.
+        dtype: Type to which images are converted.
         primary: Whether this process reports progress.
-        after_batch: Is called after every batch, and may raise.
+        after_batch: Function that is called after every batch. It may raise an error to end the evaluation.
 
     Returns:
         The evaluator's metrics, such as 'loss', 'top1' and 'top5' (percent).
@@ -108,10 +108,10 @@ def open_split(
         valid_labels: str = '',
         **kwargs: Any,
 ) -> Tuple[Any, Optional[List[int]]]:
-    """Open a split; returns it with the model's class of each of its labels where these are not the same.
+    """Open a split. Return the data set, and the model's class of each of its labels (None if both are equal).
 
     Raises:
-        UserError: It cannot be opened, or its classes are not the model's.
+        UserError: The split cannot be opened, or its classes do not fit the model.
     """
     dataset = open_dataset(source, split, **kwargs)
     check_split(dataset, source.data_dir, split, required=False)
@@ -119,27 +119,27 @@ def open_split(
     if valid_labels:
         valid = read_valid_labels(valid_labels, num_classes)
         if classes and len(classes) != len(valid):
-            raise UserError(f'--valid-labels has {len(valid)} lines, the data set {len(classes)} classes.')
+            raise UserError(f'--valid-labels has {len(valid)} lines, but the data set has {len(classes)} classes.')
         if classes and names and classes != [names[i] for i in valid]:
             raise UserError(f'--valid-labels does not list the classes of the data set in its order, which is'
                             f' {", ".join(classes[:5])} and so on.')
         return dataset, valid
     if kwargs['target'] != 'class':
         if names and classes and classes != list(names):
-            raise UserError('The data set has other classes than the model, or the same in another order.')
+            raise UserError('The data set has other classes than the model, or the same classes in another order.')
         return dataset, None
     if names and classes and classes != list(names) and not source.class_map:
-        # Fewer classes than the model's would be counted from 0 again, and every label be wrong.
+        # A data set with only some of the model's classes would count them from 0, so that its labels would be wrong.
         unknown = sorted(set(classes) - set(names))
         if unknown:
             raise UserError(f'The data set has classes that the model does not know: {", ".join(unknown[:5])}.')
         source = replace(source, class_map={name: i for i, name in enumerate(names)})
         dataset = open_dataset(source, split, **kwargs)
     if classes and len(classes) == 1 < num_classes and not names:
-        raise UserError(f'The data set has one class, {classes[0]}, the model {num_classes}: the images of each class'
-                        f' go into a folder of their own.')
+        raise UserError(f'The data set has one class, {classes[0]}, but the model has {num_classes}: put the images of'
+                        f' each class into a folder of their own.')
     if classes and len(classes) > num_classes:
-        raise UserError(f'The data set has {len(classes)} classes, the model {num_classes}.')
+        raise UserError(f'The data set has {len(classes)} classes, but the model has {num_classes}.')
     return dataset, None
 
 
@@ -151,14 +151,14 @@ def _naflex_loader(model: nn.Module, **kwargs: Any) -> Any:
 
 
 def _smaller_batch(error: BaseException, batch_size: int, retry: bool) -> int:
-    """Return the batch size to go on with after an error; raise what a smaller one does not help against."""
+    """Return a smaller batch size to retry with after an error. Raise the error if it is not about memory."""
     if not (isinstance(error, MemoryError) or any(s in str(error).lower() for s in _SHORT_OF_MEMORY)):
         raise error
     smaller = decay_batch_step(batch_size) if retry and check_batch_size_retry(str(error)) else 0
     if not smaller:
         raise UserError(f'There is too little memory for batches of {batch_size}: use a smaller --batch-size'
                         f'{"" if retry else " or --retry"}.') from error
-    _logger.warning(f'There is too little memory for batches of {batch_size}: going on with {smaller}.')
+    _logger.warning(f'There is too little memory for batches of {batch_size}: trying again with {smaller}.')
     return smaller
 
 
@@ -189,13 +189,13 @@ def evaluate_model(
 
     Args:
         data_config: How images are prepared, as `timm.data.resolve_data_config` returns it.
-        class_names: Names of the model's classes; a data set with some of them keeps their labels.
-        retry: Use smaller batches where memory is short.
-        compile: Is applied to the model before every attempt, when it is on the device.
-        num_samples: Samples of the split, for iterable data sets.
-        target: What the target of an image is: see `open_dataset`.
+        class_names: Names of the model's classes. A data set with only some of these classes gets their labels.
+        retry: Try again with smaller batches if there is too little memory.
+        compile: Function that is applied to the model on the device before every attempt.
+        num_samples: Number of samples in the split, for iterable data sets.
+        target: Kind of targets, see `open_dataset`.
         valid_labels, real_labels, metrics_avg: See `labels`.
-        naflex_max_seq_len: Patches of an image, for a NaFlex model.
+        naflex_max_seq_len: Maximum number of patches of an image, for a NaFlex model.
         loader_args: Further arguments of timm's `create_loader`, or for a NaFlex model `create_naflex_loader`.
 
     Returns:
@@ -212,7 +212,7 @@ def evaluate_model(
     encode_targets([dataset], num_classes, target)
     files = [sample[0] for sample in getattr(getattr(dataset, 'reader', None), 'samples', ())]
     if tf_preprocessing and any(isinstance(f, str) and not f.lower().endswith(('.jpg', '.jpeg')) for f in files):
-        raise UserError('--tf-preprocessing reads JPEG images only, the data set has others.')
+        raise UserError('--tf-preprocessing reads only JPEG images, but the data set has other formats.')
     loader_args.update({k: data_config[k] for k in ('interpolation', 'mean', 'std')}, device=device, img_dtype=dtype)
     if naflex_max_seq_len is None:
         loader_args.update({k: data_config[k] for k in ('input_size', 'crop_pct', 'crop_mode')})

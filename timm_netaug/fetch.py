@@ -1,4 +1,4 @@
-"""Models of Hub repositories that nobody vouches for: fetched, checked before they are built, and never executed."""
+"""Download models from untrusted Hub repositories. They are checked before they are built; no code of them is run."""
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Optional
@@ -26,19 +26,19 @@ PICKLE = 'pytorch_model.bin'  # the older name of a file of weights
 
 
 def _sentence(error: BaseException, repo_id: str, revision: Optional[str]) -> Optional[str]:
-    """Tell what the Hub, or the way to it, is wrong with; None for errors of another kind."""
+    """Return a sentence about an error of the Hub or of the connection to it, None for other errors."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, HFValidationError):
-        return f'{repo_id} is not the name of a repository, which is OWNER/NAME'
+        return f'{repo_id} is not the name of a repository: names have the form OWNER/NAME'
     if isinstance(error, OfflineModeIsEnabled):
-        return 'HF_HUB_OFFLINE is set, and this needs the Hub: unset it'
+        return 'HF_HUB_OFFLINE is set, but this command needs the Hub: unset it'
     if isinstance(error, GatedRepoError):
-        return f'{repo_id} asks for an agreement first: give it on the page of the repository, and log in'
+        return f'{repo_id} is a gated repository: accept its terms on its page, and log in'
     if isinstance(error, RepositoryNotFoundError):
         return (f'There is no repository {repo_id} that you may see: check the name or, if it is private, log in with'
                 f' `hf auth login` or HF_TOKEN')
     if isinstance(error, RevisionNotFoundError):
-        return f'{repo_id} has no revision {revision or "main"}: name a branch that there is with --revision'
+        return f'{repo_id} has no revision {revision or "main"}: name an existing branch with --revision'
     if isinstance(error, LocalEntryNotFoundError):
         return f'{repo_id} cannot be reached, and is not in the cache: try again with a connection to the Hub'
     if isinstance(error, EntryNotFoundError):
@@ -46,14 +46,14 @@ def _sentence(error: BaseException, repo_id: str, revision: Optional[str]) -> Op
     if status == 401:
         return 'The Hub does not accept your token: log in again with `hf auth login`, or set another HF_TOKEN'
     if status == 403:
-        return f'You have no permission for {repo_id}: take a name of your own, or a token that may write'
+        return f'You have no permission for {repo_id}: use a repository of your own, or a token with write access'
     if status == 412:
         return f'{repo_id} has been changed by somebody else in the meantime: try again'
     if status is not None:
         return f'The Hub answers with status {status}: try again later'
     if isinstance(error, (HTTPError, ConnectionError)):
         return f'The connection to the Hub fails ({first_line(error)}): try again'
-    # The client wraps what goes wrong with one file of several.
+    # If one file of several fails, the client wraps its error.
     return _sentence(error.__cause__, repo_id, revision) if error.__cause__ else None
 
 
@@ -62,7 +62,7 @@ def hub_errors(repo_id: str, revision: Optional[str] = None) -> Iterator[None]:
     """Turn errors of the Hub and of the network into a sentence.
 
     Raises:
-        UserError: One has happened.
+        UserError: Such an error was raised.
     """
     try:
         yield
@@ -76,18 +76,18 @@ def hub_errors(repo_id: str, revision: Optional[str] = None) -> Iterator[None]:
 
 
 def fetch(name: str, allow_pickle: bool = False, weights: bool = True) -> Path:
-    """Fetch a model into the client's cache, weights last: their size has to be that of the model.
+    """Download a model into the Hub client's cache. The weights come last, if their size fits the model.
 
     Args:
         name: OWNER/NAME, or OWNER/NAME@REVISION.
-        allow_pickle: Take weights that are there as a pickle only.
-        weights: Fetch the weights too.
+        allow_pickle: Accept weights that exist only as a pickle.
+        weights: Download the weights, too.
 
     Returns:
         The folder, which `timm.create_model('local-dir:...')` takes.
 
     Raises:
-        UserError: It cannot be fetched, or is not fit to be built.
+        UserError: The model cannot be downloaded, or does not pass the checks.
     """
     repo_id, _, revision = name.partition('@')
     revision = revision or None
@@ -99,7 +99,7 @@ def fetch(name: str, allow_pickle: bool = False, weights: bool = True) -> Path:
         model = check_config(folder, name)
         if not weights:
             return folder
-        commit = folder.name  # what has been checked, whatever the revision points to by now
+        commit = folder.name  # the revision may point to another commit by now, whose config has not been checked
         try:
             file, size = WEIGHTS, hf_hub_download(repo_id, WEIGHTS, revision=commit, dry_run=True).file_size
         except LocalEntryNotFoundError:
@@ -123,7 +123,7 @@ def fetch(name: str, allow_pickle: bool = False, weights: bool = True) -> Path:
 
 
 def local_name(name: str, weights: bool = True) -> str:
-    """Return a model's name as it is, or of one of the Hub's, the name of the folder that it has been fetched to.
+    """Download a model of the Hub and return its folder as `local-dir:FOLDER`. Return other names unchanged.
 
     Raises:
         UserError: See `fetch`.

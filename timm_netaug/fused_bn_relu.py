@@ -1,4 +1,4 @@
-"""BatchNorm and ReLU as one step of autograd, which keeps one tensor less and makes no copy."""
+"""BatchNorm and ReLU as one autograd function, which saves one tensor less and makes no copy."""
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 __all__ = ['FUSED', 'batch_norm_relu']
 
-# Exact types of the activations that know from their output where their gradient is zero -> their upper limit.
+# Exact types of the activations whose output shows where their gradient is zero -> their upper limit.
 FUSED: Dict[type, Optional[float]] = {nn.ReLU: None, nn.ReLU6: 6.0}
 
 
@@ -19,10 +19,10 @@ def _relu_backward(grad: Tensor, output: Tensor, limit: Optional[float]) -> Tens
 
 
 class _BatchNormReLU(torch.autograd.Function):
-    """The kernels are those that PyTorch's own functions choose, so values and gradients are theirs to the last bit.
+    """The function calls the kernels of PyTorch's own functions, so values and gradients equal theirs to the last bit.
 
-    What is saved is not: an in-place ReLU6 clones its input for the backward pass, though its output, which the next
-    convolution keeps anyway, tells just as well where the gradient is zero.
+    It saves less for the backward pass. PyTorch's in-place ReLU6 clones its input to know where the gradient is zero.
+    The output shows that as well, and the next convolution saves the output anyway.
     """
 
     @staticmethod
@@ -40,7 +40,7 @@ class _BatchNormReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, weight, bias, output, save_mean, save_var, reserve = ctx.saved_tensors
-        if torch.is_grad_enabled():  # an optimizer of second order will go through this backward pass, too
+        if torch.is_grad_enabled():  # a second-order optimizer differentiates this backward pass, too
             normalised = F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps)
             activated = F.relu(normalised) if ctx.limit is None else F.hardtanh(normalised, 0.0, ctx.limit)
             grads = torch.autograd.grad(activated, (x, weight, bias), grad, create_graph=True)
@@ -65,12 +65,13 @@ def batch_norm_relu(
 
     Args:
         x: Images (B, C, H, W).
-        mean: Running mean (C,), which is updated, None for none; `var` likewise.
+        mean: Running mean (C,), which is updated; None if there is none.
+        var: Running variance (C,), in the same way.
         limit: 6 for ReLU6, None for ReLU.
 
     Raises:
         ValueError: The batch has one value per channel, which has no variance.
     """
-    if x.numel() == x.shape[1]:  # as PyTorch refuses it, in its words
+    if x.numel() == x.shape[1]:  # PyTorch's own check, with its message
         raise ValueError(f'Expected more than 1 value per channel when training, got input size {x.size()}')
     return _BatchNormReLU.apply(x, weight, bias, mean, var, momentum, eps, limit)

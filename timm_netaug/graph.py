@@ -2,8 +2,9 @@
 
 The network is run once without computing anything (on PyTorch's meta device), and its channels are followed from
 operator to operator. A dense convolution writes a new channel set. Depthwise convolutions, norms, activations and
-pooling pass it on; sums and products tie two sets together. Where channels cannot be followed, the result is lost: the
-network is refused if a layer with weights reads it, because a part of it would not be augmented without anyone knowing.
+pooling pass it on; sums and products tie two sets together. Where channels cannot be followed, the output is marked as
+lost. If a layer with weights reads a lost activation, the network is refused, because the layer would silently not be
+augmented.
 """
 import math
 from collections import Counter
@@ -26,13 +27,13 @@ __all__ = ['trace']
 
 @dataclass(eq=False)
 class _Group:
-    """A channel set while it is being found. Tied groups have one root, the group that was written first."""
+    """A channel set during the trace. Tied groups share one root: the group that was written first."""
     name: str
     base: int
     order: int
     writers: List[str] = field(default_factory=list)
     readers: List[str] = field(default_factory=list)
-    fixed: str = ''  # why its width stays what it is
+    fixed: str = ''  # why its width cannot change; empty if it can
     tied_to: Optional['_Group'] = None
 
     @property
@@ -42,7 +43,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Flow:
-    """The channels of an activation: their group, the dimension that they lie in, whether they were pooled."""
+    """The channels of an activation: their group, their dimension, and whether they have been pooled."""
     group: _Group
     dim: int
     pooled: bool = False
@@ -50,7 +51,7 @@ class _Flow:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A parameter or buffer, or a view of one: its name, and for every dimension the axis that it was."""
+    """A parameter or buffer, or a view of one: its name, and the original axis of every dimension (None if new)."""
     name: str
     axes: Tuple[Optional[int], ...]
 
@@ -60,7 +61,7 @@ class _Weight:
 
 
 class _Refusal(ValueError):
-    """A network cannot be augmented. Its own class tells it from the errors of the network's code."""
+    """Raised if a network cannot be augmented. The class separates this error from errors of the network's code."""
 
 
 # Operators that treat every channel alike but are not tagged as pointwise by PyTorch.
@@ -70,7 +71,7 @@ _PASSING = (
     'upsample_bilinear2d', '_upsample_bilinear2d_aa', 'upsample_bicubic2d', 'clone', 'contiguous', '_to_copy', 'detach',
     'alias', 'lift_fresh', 'native_dropout', 'hardswish',
 )
-_SPATIAL = tuple(op for op in _PASSING if 'pool' in op or 'pad' in op or 'upsample' in op)  # that expect B, C, H, W
+_SPATIAL = tuple(op for op in _PASSING if 'pool' in op or 'pad' in op or 'upsample' in op)  # input: (B, C, H, W)
 _REARRANGING = ('view', '_unsafe_view', 'reshape', 'squeeze', 'unsqueeze', 'expand', 'slice', 'select', 'permute',
                 'transpose', 't')
 _RULES = dict(convolution='convolution', addmm='linear', mm='linear', mean='reduction', sum='reduction',
@@ -80,7 +81,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def _order(op: str, a: Dict[str, Any], before: Sequence[int], after: Sequence[int]) -> List[Optional[int]]:
-    """Return, for every dimension of a rearranged tensor, which dimension of its input it is; None where it is new."""
+    """Return the input dimension that each dimension of a rearranged tensor comes from, None for a new dimension."""
     dims: List[Optional[int]] = list(range(len(before)))
     if op == 'permute':
         return [d % len(before) for d in a['dims']]
@@ -102,11 +103,11 @@ def _message(modules: Mapping[str, nn.Module], name: str, why: str) -> str:
     what = f"module '{name}' of type" if name else 'it is of type'
     return (f'NetAug cannot augment this model: {what} {type(modules[name]).__name__}, which {why}.'
             f' Supported types: {", ".join(dict.fromkeys(t.__name__ for t in ELASTIC))}.'
-            f' Augment a part of the model that does without it.')
+            f' Augment a part of the model without this module.')
 
 
 def _check(model: nn.Module) -> None:
-    """Refuse what a copy of a model could not keep: hooks, and tensors that two layers share."""
+    """Refuse a model with hooks, or with tensors that two layers share, because a copy of the model would lose them."""
     modules, owners = dict(model.named_modules()), {}
     for name, module in modules.items():
         for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]:
@@ -124,16 +125,16 @@ class _Tracer(TorchDispatchMode):
         super().__init__()
         self.modules = dict(model.named_modules())
         self.stack = ['']  # names of the modules that are being called
-        self.flows: Dict[int, _Flow] = {}  # by id of a tensor, as the next two
+        self.flows: Dict[int, _Flow] = {}  # this dict and the next two are keyed by the id of a tensor
         self.weights: Dict[int, _Weight] = {}
-        self.lost: Dict[int, str] = {}  # the message of a refusal, should a layer with weights read the tensor
-        self.alive: List[Any] = []  # so that no id is used twice
-        self.groups: Dict[str, _Group] = {}  # by writer
+        self.lost: Dict[int, str] = {}  # the error message, in case a layer with weights reads the tensor
+        self.alive: List[Any] = []  # keeps tensors alive, so that no id is used twice
+        self.groups: Dict[str, _Group] = {}  # by the convolution that writes the channels
         self.axes: Dict[str, Dict[int, _Group]] = {}
         self.layers: Counter = Counter()
-        self.convs: Dict[str, Optional[_Flow]] = {}  # with what each reads
-        self.reads_fixed: Set[str] = set()  # layers that read activations of a fixed width, in one of their calls
-        self.used_by: Dict[str, str] = {}  # layers whose tensors another module's code computes with
+        self.convs: Dict[str, Optional[_Flow]] = {}  # convolution -> the channels that it reads
+        self.reads_fixed: Set[str] = set()  # layers that read activations of a fixed width in at least one call
+        self.used_by: Dict[str, str] = {}  # layer -> another module whose code uses the layer's tensors
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.weights[id(tensor)] = _Weight(name, tuple(range(tensor.ndim)))
         for name, module in self.modules.items():
@@ -188,7 +189,7 @@ class _Tracer(TorchDispatchMode):
         raise _Refusal(_message(self.modules, self.stack[-1] if name is None else name, why))
 
     def lose(self, why: str, inputs: Sequence[Any], outputs: Sequence[torch.Tensor]) -> None:
-        """Let channels that an operator reads keep their number, because it is not known what becomes of them."""
+        """Fix the width of the channels that an operator reads, and mark its outputs as lost."""
         if any(id(t) in self.weights for t in inputs):
             self.refuse(why)
         for t in inputs:
@@ -199,15 +200,15 @@ class _Tracer(TorchDispatchMode):
             self.lost[id(t)] = self.message(why)
 
     def fix(self, flow: _Flow, why: str) -> None:
-        """Let channels keep their number."""
+        """Exclude channels from augmentation: their width is fixed."""
         flow.group.root.fixed = flow.group.root.fixed or why
 
     def read(self, layer: str, *inputs: Any) -> None:
-        """Count a call of a layer with weights, which has to be supported and to know the channels that it reads."""
+        """Count a call of a layer with weights. Refuse a layer that is not supported or reads a lost activation."""
         elastic = ELASTIC.get(type(self.modules[layer]))
         why = elastic.refusal(self.modules[layer]) if elastic else 'is not supported'
         if not why and 'forward' in vars(self.modules[layer]):
-            why = 'has a forward method of its own'
+            why = 'has a forward method of its own'  # on the instance, so its class does not show what it computes
         if why:
             self.refuse(why, layer)
         for t in inputs:
@@ -217,16 +218,16 @@ class _Tracer(TorchDispatchMode):
         if not any(id(t) in self.flows for t in inputs):
             self.reads_fixed.add(layer)
 
-    # What channels run along
+    # The axes of weights that channels run along
 
     def along(self, tensor: Any, axis: int, flow: Optional[_Flow]) -> None:
-        """Note that channels run along an axis of a parameter or buffer, where there are both."""
+        """Record that channels run along an axis of a parameter or buffer. Do nothing if one of the two is None."""
         if tensor is not None and flow is not None:
             axes = self.axes.setdefault(self.weights[id(tensor)].name, {})
             axes[axis] = self.tie(axes.get(axis, flow.group), flow.group)
 
     def tie(self, one: _Group, other: _Group) -> _Group:
-        """Make one group of two; the one that was written first gives the name."""
+        """Merge two groups into one. The group that was written first gives it its name."""
         first, second = sorted((one.root, other.root), key=lambda g: g.order)
         if first is not second:
             second.tied_to = first
@@ -245,11 +246,11 @@ class _Tracer(TorchDispatchMode):
             self.lose('convolves over the channels', (x, weight), [output])
         elif bias is not None and id(bias) not in self.weights:
             self.refuse('computes the bias of a convolution')
-        elif depthwise and known and known.axes[0] is None:  # one filter for all channels, however many there are
+        elif depthwise and known and known.axes[0] is None:  # one filter, expanded to any number of channels
             self.pass_on(flow, output)
         elif known is None or known.axes[:2] != (0, 1):
             self.refuse('computes the weight of a convolution')
-        elif groups == 1 or flow or id(x) in self.lost:  # grouped convolutions of the image are of no interest
+        elif groups == 1 or flow or id(x) in self.lost:  # grouped convolutions of the image itself are ignored
             self.read(known.layer, x)
             self.convs.setdefault(known.layer, flow)
             written = flow
@@ -285,7 +286,7 @@ class _Tracer(TorchDispatchMode):
         flow, known = self.flows.get(id(x)), self.weights.get(id(weight))
         if known is None or known.axes != (1, 0) or (flow and flow.dim != x.ndim - 1):
             if flow or id(weight) in self.flows:
-                self.lose('multiplies activations that channels are not followed through', (x, weight), [output])
+                self.lose('multiplies activations so that channels are not followed', (x, weight), [output])
         elif flow or id(x) in self.lost or type(self.modules[known.layer]) in ELASTIC:
             self.read(known.layer, x)
             self.along(weight, 1, flow)
@@ -293,7 +294,7 @@ class _Tracer(TorchDispatchMode):
                 flow.group.root.readers.append(known.layer)
 
     def pointwise(self, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
-        """Tie the channels of the operands, and the weights that have as many."""
+        """Tie the channels of all operands, including weights with the same number of channels."""
         flows = [(t, self.flows[id(t)]) for t in inputs if id(t) in self.flows]
         dims = {f.dim + output.ndim - t.ndim for t, f in flows}
         dim = dims.pop()
@@ -308,11 +309,11 @@ class _Tracer(TorchDispatchMode):
             own = dim - (output.ndim - t.ndim)
             known, flow = self.weights.get(id(t)), self.flows.get(id(t))
             if flow is not None and t.shape[flow.dim] != size:
-                self.fix(flow, 'it is one channel, which meets several others')
+                self.fix(flow, 'it is a single channel that is combined with several others')
             elif flow is not None or own < 0 or t.shape[own] != size or size == 1:
                 continue
             elif known is None or known.axes[own] is None:
-                self.fix(whole[0], f"it meets a tensor of a fixed width in '{self.stack[-1]}'")
+                self.fix(whole[0], f"it is combined with a tensor of a fixed width in '{self.stack[-1]}'")
             else:
                 self.read(known.layer, *inputs)
                 self.along(t, known.axes[own], whole[0])
@@ -341,10 +342,10 @@ class _Tracer(TorchDispatchMode):
         elif flow is not None:
             self.lose(f'reshapes the channels ({op})', (x,), [output])
 
-    # What is made of it
+    # The layout
 
     def finish(self, inputs: Tuple[Any, ...], outputs: Any) -> Layout:
-        """Name the channel sets, after the forward pass has returned its outputs."""
+        """Build the layout from the groups, after the forward pass has returned its outputs."""
         for t in tree_leaves(outputs):
             if id(t) in self.flows:
                 self.fix(self.flows[id(t)], 'the network returns them')
@@ -384,8 +385,9 @@ class _Tracer(TorchDispatchMode):
         return Layout({c.name: c for c in sets.values()}, axes, layers, blocks, fixed, inputs)
 
     def excited(self, group: Optional[_Group]) -> Optional[_Group]:
-        """Return the group that squeeze-excite computes a gate for, where the given group is its squeezed channels:
-        they are read off pooled channels, and written back onto the same ones. None otherwise."""
+        """Return the channels that squeeze-excite scales, if the given group holds its squeezed channels, else None.
+
+        Squeezed channels are computed from pooled channels, and a gate for these channels is computed from them."""
         if group is None:
             return None
         group = group.root
@@ -397,7 +399,7 @@ class _Tracer(TorchDispatchMode):
 
     def blocks(self, groups: Sequence[_Group]) -> List[str]:
         """List the innermost modules, other than the network itself and plain containers, that hold at least two
-        convolutions; those of squeeze-excite do not count."""
+        convolutions. The convolutions of squeeze-excite do not count."""
         gates = {n for g in groups if self.excited(g) for n in g.writers + g.readers}
         convs = [n for n in self.convs if n not in gates]
         found = [name for name, module in self.modules.items() if name and type(module) not in _CONTAINERS
@@ -405,7 +407,7 @@ class _Tracer(TorchDispatchMode):
         return [name for name in found if not any(other.startswith(f'{name}.') for other in found)]
 
     def block_input(self, group: _Group, sets: Dict[_Group, Channels]) -> Optional[Channels]:
-        """Return the channels that the block of an inner group reads, behind other inner groups too."""
+        """Return the input channels of the block that a group lies in. Other groups inside the block are skipped."""
         seen = [group]
         while True:
             flow = self.convs[group.writers[0]]
@@ -413,7 +415,7 @@ class _Tracer(TorchDispatchMode):
             if source is None or source.kind != 'expand':
                 return source
             group = flow.group.root
-            if group in seen:  # a layer that reads what it writes
+            if group in seen:  # a layer that reads its own output
                 return None
             seen.append(group)
 
@@ -422,9 +424,9 @@ _LAYOUTS: Dict[Any, Layout] = {}  # by fingerprint
 
 
 def trace(model: nn.Module, inputs: Tuple[Any, ...]) -> Layout:
-    """Find the channels of a model that can be augmented. The model is only read.
+    """Find the channels of a model that can be augmented. The model is not changed.
 
-    A layout is kept for the next model that computes the same.
+    The layout is cached for later models that compute the same function.
 
     Args:
         inputs: Arguments of the forward pass. Only shapes and types of tensors count.
@@ -440,7 +442,7 @@ def trace(model: nn.Module, inputs: Tuple[Any, ...]) -> Layout:
     inputs = tree_map(lambda t: t.to('meta') if isinstance(t, torch.Tensor) else t, inputs)
     try:
         _check(model)
-        # In inference mode, operators would arrive in another form.
+        # In inference mode, PyTorch would dispatch other operators.
         with torch.inference_mode(False):
             layout = _trace(to_meta(model), inputs)
     except _Refusal as e:
@@ -457,7 +459,7 @@ def _trace(model: nn.Module, inputs: Tuple[Any, ...]) -> Layout:
             outputs = model(*inputs)
     except _Refusal:
         raise
-    except Exception as e:  # whatever the model's own code raises
+    except Exception as e:  # the model's own code may raise anything
         sizes = ', '.join(' x '.join(map(str, t.shape)) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor))
         why = f'fails in a forward pass on an input of {sizes} ({" ".join(str(e).split())[:200]})'
         raise _Refusal(tracer.message(why)) from e

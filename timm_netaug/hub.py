@@ -1,4 +1,4 @@
-"""Models to and from the Hugging Face Hub: what `python -m timm_netaug hub push|pull` does."""
+"""Push models to the Hugging Face Hub, and pull them: the code behind `python -m timm_netaug hub push|pull`."""
 import json
 import os
 import shutil
@@ -23,7 +23,7 @@ from .load import LoadedModel, load_model
 __all__ = ['CARD', 'TOLERANCE', 'check_target', 'commit', 'pull', 'push']
 
 CARD = 'README.md'
-TOLERANCE = 0.1  # points of accuracy, for kernels that sum in another order
+TOLERANCE = 0.1  # percentage points, because kernels may sum in another order
 
 
 def _say(text: str) -> None:
@@ -48,19 +48,19 @@ def _write_config(folder: Path, facts: Mapping[str, Any], license: Optional[str]
 
 
 def _check_reload(model: nn.Module, reloaded: nn.Module, input_size: Sequence[int]) -> None:
-    """Refuse a folder that timm does not make the same model of, to the last bit."""
+    """Check that the model that timm loaded from the folder has the same logits to the last bit."""
     images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         if not torch.equal(model(images), reloaded(images)):
-            raise UserError('The exported model does not compute what the checkpoint does, nothing is pushed.'
-                            ' That is a fault of this program: report it.')
+            raise UserError('The exported model and the checkpoint have different logits, so nothing is pushed.'
+                            ' This is a bug of timm_netaug: please report it.')
 
 
 def _measure(loaded: LoadedModel, data_dir: str, facts: Dict[str, Any]) -> None:
-    """Evaluate a model, as `validate.py` does, into its facts.
+    """Evaluate a model as `validate.py` does, and write the metrics into its facts.
 
     Raises:
-        UserError: The accuracy is not the one on record.
+        UserError: The accuracy differs from the recorded one.
     """
     flags = facts.setdefault('evaluated_with', ['--split', 'validation'])
     fields = dict(zip((flag[2:].replace('-', '_') for flag in flags[::2]), flags[1::2]))
@@ -84,13 +84,14 @@ def _measure(loaded: LoadedModel, data_dir: str, facts: Dict[str, Any]) -> None:
     )
     for metric, recorded in facts.get('metrics', {}).items():
         if abs(metrics[metric] - recorded) > TOLERANCE:
-            raise UserError(f'The {metric} on {data_dir} is {metrics[metric]:.2f}, the checkpoint has {recorded:.2f} on'
-                            f' record: name the data set that it was validated on. Nothing is pushed.')
+            raise UserError(f'The {metric} on {data_dir} is {metrics[metric]:.2f}, but the checkpoint has'
+                            f' {recorded:.2f} on record: name the data set that it was validated on. Nothing is'
+                            f' pushed.')
     facts.update(metrics={k: round(metrics[k], 4) for k in METRICS if k in metrics}, images=metrics['images'])
 
 
 def check_target(repo_id: str, revision: Optional[str], private: bool, architecture: str) -> Optional[str]:
-    """Return the commit that the push goes on from, None where the repository is still to be created.
+    """Return the parent commit of the push, None if the repository has yet to be created.
 
     Raises:
         UserError: The Hub cannot be reached, or the repository is not one for this model.
@@ -104,7 +105,7 @@ def check_target(repo_id: str, revision: Optional[str], private: bool, architect
                                 f' it: push without --revision first.') from None
             return None
         if private and info.private is False:
-            raise UserError(f'{repo_id} is there already and public: make it private in its settings, or leave'
+            raise UserError(f'{repo_id} exists already and is public: make it private in its settings, or leave'
                             f' --private out.')
         if any(file.rfilename == CONFIG for file in info.siblings or ()):
             try:
@@ -113,8 +114,8 @@ def check_target(repo_id: str, revision: Optional[str], private: bool, architect
             except (ValueError, AttributeError):
                 there = None
             if there != architecture:
-                raise UserError(f'{repo_id} holds another architecture, {there or "of no timm model"}, and this is'
-                                f' {architecture}: take another name.')
+                raise UserError(f'{repo_id} holds another architecture ({there or "no timm model"}) than'
+                                f' {architecture}: choose another name.')
         return info.sha
 
 
@@ -150,24 +151,30 @@ def push(
     """Push a model with its config and card as one commit, or write what would be pushed.
 
     Args:
-        repo: OWNER/NAME; it is created where there is none.
-        facts: What is known of the model's training, for the card.
+        repo: OWNER/NAME. It is created if it does not exist.
+        facts: Known facts about the model's training, for the card.
         revision: Branch to push to.
         private: Create the repository as a private one.
+<<<<<<< HEAD
         dry_run: Folder to write to, in place of the push.
         data_dir: Data set to evaluate the model on; its accuracy must be the one in the facts.
         license: Of the weights, as in apache-2.0.
         files: Further files to push.
+=======
+        dry_run: Folder to write the files to, instead of pushing them.
+        data_dir: Data set to evaluate the model on. The accuracy must equal the recorded one in the facts.
+        license: License of the weights, for example apache-2.0.
+>>>>>>> a5eab406e3ad483c29a87cf1fc88148271037713
 
     Raises:
-        UserError: It does not work, the message says why; nothing has been pushed.
+        UserError: A check or the upload failed. Nothing has been pushed.
     """
     if dry_run:
         _check_out_dir(dry_run)
     elif not get_token():
-        raise UserError('You are not logged in: `hf auth login`, or set HF_TOKEN.')
+        raise UserError('You are not logged in: run `hf auth login`, or set HF_TOKEN.')
     if repo.count('/') != 1:
-        raise UserError(f'{repo} is not the name of a repository, which is OWNER/NAME.')
+        raise UserError(f'{repo} is not the name of a repository: names have the form OWNER/NAME.')
     facts = dict(facts)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -191,7 +198,7 @@ def push(
         (folder / CARD).write_text(model_card(loaded.model, config, name), encoding='utf-8')
         if dry_run:
             copy_files(folder, dry_run)
-            _say(f'Written to {dry_run}, nothing pushed.')
+            _say(f'Written to {dry_run}. Nothing was pushed.')
             return
         _say(f'Pushing {", ".join(sorted(os.listdir(folder)))} to {repo}.')
         url = commit(folder, repo, revision, private, parent)
@@ -200,16 +207,16 @@ def push(
 
 
 def pull(repo: str, out_dir: str, revision: Optional[str] = None, allow_pickle: bool = False) -> None:
-    """Fetch a model that nobody vouches for, and write it when it has been found to be one.
+    """Download an untrusted model, check it, and write it as a folder.
 
     Args:
         repo: OWNER/NAME.
-        out_dir: Gets `model.safetensors` and `config.json`.
+        out_dir: Folder for `model.safetensors` and `config.json`.
         revision: Branch, tag or commit.
-        allow_pickle: Take weights that are there as a pickle only.
+        allow_pickle: Accept weights that exist only as a pickle.
 
     Raises:
-        UserError: It cannot be fetched, or is not fit for use.
+        UserError: The model cannot be downloaded, or does not pass the checks.
     """
     _check_out_dir(out_dir)
     name = f'{repo}@{revision}' if revision else repo

@@ -1,7 +1,7 @@
 """Elastic layers: stock layers over larger tensors, of which a forward pass uses the leading slice.
 
-A layer reads as many channels as its input has. Only a dense convolution has to be told how many channels to write
-(`active_out`). So the widths of a whole network are set at its convolutions, and every other layer follows.
+A layer reads as many channels as its input has. Only a dense convolution stores how many channels it writes
+(`active_out`). So the dense convolutions set the widths of a whole network, and every other layer follows.
 
 `register_elastic` adds the elastic class of another stock layer.
 """
@@ -31,12 +31,12 @@ ELASTIC: Dict[type, type] = {}  # exact type of a stock layer -> its elastic cla
 
 
 class Elastic:
-    """What `augment` and `export` ask of an elastic layer."""
-    stock: type  # exact type of the layer that it stands for
+    """The interface of an elastic layer, which `augment` and `export` use."""
+    stock: type  # exact type of the stock layer
 
     @staticmethod
     def refusal(layer: nn.Module) -> str:
-        """Say why a stock layer of this type cannot be made elastic, in words that follow 'which'. Empty if it can."""
+        """Return why a stock layer cannot be made elastic, as a clause that follows 'which'; '' if it can."""
         return ''
 
     @staticmethod
@@ -53,13 +53,13 @@ class Elastic:
         """Prepare a layer for its first forward pass, after its tensors have been enlarged.
 
         Args:
-            tiny: Shapes that its parameters and buffers had before, by name.
+            tiny: Shapes of its parameters and buffers before they were enlarged, by name.
             calls: How often a forward pass of the network calls the layer.
         """
         self.update_shapes()
 
     def update_shapes(self) -> None:
-        """Let the attributes that hold numbers of channels follow the shapes of the tensors."""
+        """Set attributes such as `in_channels` from the shapes of the tensors."""
 
 
 def register_elastic(stock: type) -> Callable[[type], type]:
@@ -84,8 +84,8 @@ def _check_channels(layer: nn.Module, channels: int) -> None:
 
 
 class _ElasticConv(Elastic):
-    """Dense convolution, from the channels that there are to the first `active_out` output channels, or depthwise
-    convolution of the channels that there are."""
+    """Dense convolution of all channels of the input to the first `active_out` output channels, or depthwise
+    convolution of all channels of the input."""
     active_out: int
 
     @staticmethod
@@ -136,21 +136,22 @@ class ElasticConv2dSame(_ElasticConv, Conv2dSame):
 
 
 class ElasticBatchNorm(Elastic):
-    """BatchNorm of the channels that there are.
+    """BatchNorm of all channels of the input.
 
-    In training, the running statistics of the tiny slice are written by the tiny pass alone, because the augmented
-    sub-networks see other inputs. An augmented pass writes the statistics of the channels behind the slice, so that
-    they are at hand when a sort brings these channels into the slice. After a sort the tiny network is another
-    function, so its statistics start anew: they are a mean of the batches since the sort, in which later batches have
-    larger weights, until that mean is as long as the moving average.
+    In training, only the tiny pass updates the running statistics of the tiny slice, because the layer gets other
+    inputs in an augmented sub-network. An augmented pass updates the statistics of the channels behind the slice, which
+    are needed when a sort moves these channels into the slice. A sort changes the function of the tiny network, so its
+    statistics start anew. At first they are a mean of the batches since the sort, with larger weights for later
+    batches. When the weight of a new batch has fallen to the momentum, they become the usual moving average again.
 
     Attributes:
         tiny_width: Channels of the tiny slice.
-        calls: How often a forward pass of the network calls the layer (a head that several levels share).
-        augmented: Whether the network is within an augmented pass.
-        frozen: Whether the running statistics stay as they are, because the pass repeats an earlier one.
-        since_sort: Tiny training batches since the last sort (calls of the layer), None once that no longer matters.
-        synchronised: Whether a training batch is that of all processes together.
+        calls: Number of calls of the layer in a forward pass of the network (several for a head that levels share).
+        augmented: Whether an augmented pass is running.
+        frozen: Whether the running statistics are not updated, because the pass recomputes an earlier one.
+        since_sort: Calls of the layer in tiny passes since the last sort; None while the statistics are the usual
+            moving average.
+        synchronised: Whether a training batch is normalised over all processes.
     """
     tiny_width: int
     calls = 1
@@ -188,15 +189,15 @@ class ElasticBatchNorm(Elastic):
             x = self._activate(F.batch_norm(
                 x, mean, var, weight, bias, self.training or self.running_mean is None, momentum, self.eps))
         if self.training and self.augmented and not self.frozen and mean is not None:
-            # Autograd keeps the tiny pass's statistics without using them. It would take a visible write for an error
-            # when the two losses are summed before `backward()`; `.data` makes the write invisible.
+            # Autograd saves the statistics of the tiny pass, although it does not use them. It would report a visible
+            # write as an error in `backward()` of the sum of both losses; a write to `.data` is invisible to it.
             behind = slice(self.tiny_width, channels)
             self.running_mean.data[behind], self.running_var.data[behind] = mean[behind], var[behind]
         return x
 
     def _fused_limits(self) -> Optional[Tuple[Optional[float]]]:
-        """Return the upper limit of the activation that can be computed together with the norm, in a tuple; None where
-        there is no such activation."""
+        """Return a tuple with the upper limit of the activation that can be fused with the norm. Return None if there
+        is no such activation."""
         return None
 
     def _activate(self, x: torch.Tensor) -> torch.Tensor:
@@ -220,7 +221,7 @@ class ElasticBatchNorm(Elastic):
 
     def make_elastic(self, tiny: Mapping[str, torch.Size], calls: int) -> None:
         self.tiny_width = next(iter(tiny.values()))[0]
-        # Attributes of the instance from now on: what is compiled looks at where an attribute is, too.
+        # Set on the instance: compiled code depends on whether an attribute is found on the instance or on the class.
         self.augmented, self.frozen, self.since_sort, self.calls = False, False, None, calls
         self.update_shapes()
 
@@ -275,7 +276,7 @@ class ElasticBlurPool2d(Elastic, BlurPool2d):
 
 
 class _ElasticLinear(Elastic):
-    """Linear layer that reads as many features as there are."""
+    """Linear layer of all features of the input."""
 
     @staticmethod
     def fill(layer: nn.Module, name: str, new: torch.Tensor) -> torch.Tensor:
@@ -283,7 +284,7 @@ class _ElasticLinear(Elastic):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_channels(self, x.shape[-1])
-        # Contiguous, because autograd chooses the order of the weight gradient's sums by the strides of the weight.
+        # Contiguous, because the strides of the weight decide the order in which autograd sums the weight gradient.
         return F.linear(x, leading(self.weight, self.out_features, x.shape[-1]).contiguous(), self.bias)
 
     def make_elastic(self, tiny: Mapping[str, torch.Size], calls: int) -> None:
@@ -306,7 +307,7 @@ class ElasticTimmLinear(_ElasticLinear, Linear):
 
 @contextmanager
 def statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Let no stock BatchNorm in a module write its running statistics within the block."""
+    """Within the block, keep the stock BatchNorms of a module from updating their running statistics."""
     norms = [m for m in module.modules()
              if isinstance(m, _BatchNorm) and not isinstance(m, Elastic) and m.training and m.track_running_stats]
     try:

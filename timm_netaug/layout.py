@@ -1,4 +1,4 @@
-"""The channels of a network that may be widened: all that augmenting, sampling, sorting and exporting need to know.
+"""The channels of a network that may be widened. Augmenting, sampling, sorting and exporting need nothing else.
 
 `graph.trace` finds the layout of a network.
 """
@@ -13,13 +13,14 @@ class Channels:
     """A set of channels that all its writers and readers share.
 
     Args:
-        name: The convolution that writes them first: the key of this set in a dict of widths.
+        name: Name of the convolution that writes them first. It is the key of this set in a dict of widths.
         base: Their number in the tiny model.
-        kind: 'expand': all convolutions that write or read them lie in one block; 'squeeze': the channels between the
-            two convolutions of squeeze-excite; 'width': all others (stem, block outputs, head).
-        source: The channels that their number follows: the block's input for 'expand', the excited ones for 'squeeze'.
+        kind: 'expand' if all convolutions that write or read the channels lie in one block, 'squeeze' for the channels
+            between the two convolutions of squeeze-excite, 'width' for all others (stem, block outputs, head).
+        source: The channel set that their number depends on: the input of the block for 'expand', the channels that
+            squeeze-excite scales for 'squeeze'.
         writers: Names of the convolutions that write them; more than one where additions or products tie channels.
-        readers: Names of the layers whose weights rank them, for 'expand' and 'squeeze'.
+        readers: Names of the layers whose weights decide the channels' importance, for 'expand' and 'squeeze'.
     """
     name: str
     base: int
@@ -34,13 +35,13 @@ class Layout:
     """The channels of a network in forward order, and the axes that they run along.
 
     Args:
-        channels: Channel sets by name, each behind the one that it follows.
+        channels: Channel sets by name, each behind its `source`.
         axes: Names of parameters and buffers -> the channel set along each augmented axis.
-        layers: Names of the layers that become elastic, with the number of calls in a forward pass.
+        layers: Names of the layers that become elastic -> number of calls in a forward pass.
         blocks: Names of the blocks: the innermost modules that hold at least two convolutions.
-        fixed: Convolutions whose channels keep their number although a layer reads them -> why.
+        fixed: Names of the convolutions whose channels have a fixed number although a layer reads them -> why.
         inputs: Arguments of the forward pass, on the meta device.
-        checked: Whether wider networks of this kind have been found to be exact.
+        checked: Whether a wider sub-network has been compared with the stock network of the same widths.
     """
     channels: Dict[str, Channels]
     axes: Dict[str, Dict[int, Channels]]
@@ -57,20 +58,21 @@ class Layout:
             divisor: int = 1,
             full: Optional[Mapping[str, int]] = None,
     ) -> Dict[str, int]:
-        """Work out the number of active channels of every set (section 3.2 of the paper).
+        """Compute the number of active channels of every set (section 3.2 of the paper).
 
         Args:
-            width_mult: Gives the multiplier of a 'width' set, `expand_mult` that of an 'expand' set.
-            divisor: Widths other than the stored ones are rounded to the nearest multiple of it.
-            full: Widths of the whole super-network, None to work these out. Squeezed channels keep their proportion, as
-                in the reference implementation.
+            width_mult: Returns the multiplier of a 'width' set.
+            expand_mult: Returns the multiplier of an 'expand' set.
+            divisor: Augmented widths are rounded to the nearest multiple of it.
+            full: Widths of the whole super-network, None to compute these. Squeezed channels keep the proportion that
+                they have in the super-network, as in the reference implementation.
         """
         widths: Dict[str, int] = {}
         for c in self.channels.values():
             mult = width_mult(c) if c.kind == 'width' else expand_mult(c) if c.kind == 'expand' else 1.0
             source = widths[c.source.name] if c.source else None
             if mult == 1 and (source is None or source == c.source.base):
-                widths[c.name] = c.base  # the stored width, however the model once rounded it
+                widths[c.name] = c.base  # the model may have rounded its own width in another way
                 continue
             wanted = mult * (c.base if source is None else source * c.base / c.source.base)
             if c.kind == 'squeeze' and full:
@@ -84,7 +86,7 @@ class Layout:
         return {name: c.base for name, c in self.channels.items()}
 
     def slices(self, name: str, ndim: int, widths: Mapping[str, int]) -> tuple:
-        """Index the part of a parameter or buffer that the sub-network of the given widths uses."""
+        """Return the index of the part of a parameter or buffer that the sub-network of the given widths uses."""
         axes = self.axes.get(name, {})
         return tuple(slice(widths[axes[dim].name]) if dim in axes else slice(None) for dim in range(ndim))
 
@@ -92,7 +94,7 @@ class Layout:
         """Return the layout without the channels that are written in a trunk.
 
         Args:
-            trunk: Names of modules.
+            trunk: Names of the trunk's modules.
         """
         if not trunk:
             return self

@@ -1,4 +1,4 @@
-"""A model from whatever a user names: a checkpoint, a file of weights, a folder, a repository, a name of timm's."""
+"""Load a model from a checkpoint, a file of weights, an exported folder, a Hub repository, or by a timm model name."""
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +20,16 @@ __all__ = ['LoadedModel', 'load_model', 'read_run']
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, and what is known of it.
+    """A model in evaluation mode, with its metadata.
 
     Args:
-        name: What the model is called in results.
-        data_config: How its input is prepared, in timm's terms.
-        class_names: Names of its classes in label order, None where they are not known.
-        run: The run of `train.py` that the weights are of, None for other weights.
-        folder: The exported folder that it was read from, None for other sources.
-        input_img_mode: Pillow's mode that images are converted to, None for that of the model's channels.
-        target: What the target of an image is: see `io.data.open_dataset`.
+        name: Name of the model in results.
+        data_config: How its input is prepared, as `timm.data.resolve_data_config` returns it.
+        class_names: Names of its classes in label order, None if they are unknown.
+        run: Description of the run of `train.py` that made the weights, None for other weights.
+        folder: The exported folder from which it was read, None for other sources.
+        input_img_mode: Pillow mode to which images are converted, None for the one that fits the model's channels.
+        target: Kind of targets, see `io.data.open_dataset`.
     """
     model: nn.Module
     name: str
@@ -41,7 +41,7 @@ class LoadedModel:
     target: str = 'class'
 
     def describe(self) -> RunDescription:
-        """Return the description of the run, or for other weights that of the model alone."""
+        """Return the description of the run. If there is no run, describe the model alone."""
         return self.run or RunDescription.from_model(
             self.model, self.data_config, self.class_names, input_img_mode=self.input_img_mode, target=self.target)
 
@@ -57,24 +57,24 @@ def _create(
         flags: Mapping[str, Any],
         model_args: Mapping[str, Any],
 ) -> Tuple[nn.Module, Dict[str, str]]:
-    """Build a model of a name; returns it with what its config says of samples."""
+    """Build a model by its name. Return it with the fields of its config that describe samples."""
     check_model_name(name)
     source = local_name(name, weights=pretrained)
     try:
         model = create_model(pretrained=pretrained, **resolve_model_input_args(source, flags, **model_args)).eval()
         prefix, _, folder = source.partition(':')
         return model, sample_fields(folder) if prefix == 'local-dir' else {}
-    except Exception as e:  # whatever a constructor, a folder or the Hub find wrong
+    except Exception as e:  # a constructor, a folder and the Hub may raise anything
         told = ' '.join(str(e).split())[:300].rstrip('.')
         raise UserError(f'{name} cannot be {"loaded" if pretrained else "built"}: {told}.') from e
 
 
 def read_run(path: str) -> Optional[RunDescription]:
-    """Return what a checkpoint of `train.py` says of its run, None for a file that is broken or of another kind."""
+    """Return the run description in a checkpoint of `train.py`, None for a broken file or one of another kind."""
     try:
         return RunDescription.from_checkpoint(read_checkpoint(path))
     except UserError:
-        return None  # reading the weights tells whether it holds any
+        return None  # reading the weights will report what is wrong with the file
 
 
 def _load_run(path: str, use_ema: Optional[bool], flags: Mapping[str, Any]) -> LoadedModel:
@@ -107,8 +107,8 @@ def _load_weights(
 ) -> nn.Module:
     state_dict = read_weights(path, use_ema)
     if not model_name:
-        raise UserError(f'{path} is not a checkpoint of train.py and does not say which model it is of: name it with'
-                        f' --model.')
+        raise UserError(f'{path} is not a checkpoint of train.py and does not say which model it belongs to: name the'
+                        f' model with --model.')
     check_model_name(model_name)
     if model_args.get('num_classes') is None:
         model_args['num_classes'] = count_classes(state_dict, model_name)
@@ -118,7 +118,7 @@ def _load_weights(
 
 
 def _is_path(source: str) -> bool:
-    """Tell whether a user means a file, be it there or not."""
+    """Return whether a source is meant to be a file, even if the file does not exist."""
     like_a_path = source.endswith(('.tar', '.pth', '.pt')) or os.sep in source and ':' not in source
     return like_a_path or os.path.isfile(source)
 
@@ -132,30 +132,30 @@ def load_model(
         use_test_size: bool = False,
         **model_args: Any,
 ) -> LoadedModel:
-    """Build the model that a user names.
+    """Load a model.
 
     Args:
         source: Checkpoint of `train.py`, file of weights, exported folder, `local-dir:DIR`, `hf-hub:OWNER/NAME`, or a
-            name of timm's, such as ARCH.TAG of the weights that come with the package.
-        model_name: Architecture of a file that does not say it.
-        use_ema: Take the moving average of the weights; None: where the run's metric is that of the average.
-        pretrained: Load the pretrained weights of a name; None: where `source` is the name.
-        flags: What a command line says of the input.
-        use_test_size: Take the input size of the evaluation where a name's config has two.
-        model_args: Arguments of the constructor, where `source` does not settle them.
+            timm model name, such as ARCH.TAG of bundled weights.
+        model_name: Architecture, for a file that does not contain it.
+        use_ema: Load the moving average of the weights. None: load it if the run validated it.
+        pretrained: Load the pretrained weights of a model name. None: load them if `source` is the name.
+        flags: Command-line flags about the input.
+        use_test_size: Use the test input size of a pretrained config that has one.
+        model_args: Arguments of the model's constructor. Checkpoints and folders have their own instead.
 
     Raises:
-        UserError: There is no such model, or its weights are broken or of another one.
+        UserError: The model does not exist, or its weights are broken or belong to another model.
     """
     flags, name, folder, samples = flags or {}, source, None, {}
     if os.path.isdir(source) and not is_model(source):
         if model_name or use_ema:
-            raise UserError(f'{source} is an exported folder, which has one model: leave --model and --use-ema out.')
+            raise UserError(f'{source} is an exported folder, which holds one model: leave --model and --use-ema out.')
         model, folder, samples = load_folder(source, source), Path(source), sample_fields(source)
     elif model_name or _is_path(source):
         run = read_run(source)
         if run is not None and model_name not in (None, '', run.architecture):
-            raise UserError(f'{source} says itself which model it is of, {run.architecture}: leave --model out.')
+            raise UserError(f'{source} contains the name of its model, {run.architecture}: leave --model out.')
         if run is not None:
             return _load_run(source, use_ema, flags)
         model, name = _load_weights(source, model_name, bool(use_ema), bool(pretrained), flags, model_args), model_name

@@ -1,4 +1,4 @@
-"""Models without memory: copies on PyTorch's meta device, and a key that tells whether two models compute the same."""
+"""Copies of models on PyTorch's meta device, which need no memory, and a key for models that compute the same."""
 import copy
 from functools import partial
 from typing import Any, Dict, List, Optional, Tuple
@@ -11,7 +11,7 @@ __all__ = ['fingerprint', 'shapes', 'to_meta']
 
 
 def to_meta(model: nn.Module) -> nn.Module:
-    """Copy a model to the meta device, in evaluation mode. No memory for its tensors is needed."""
+    """Copy a model to the meta device, in evaluation mode. The tensors of the copy need no memory."""
     memo: Dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         empty = torch.empty_like(tensor, device='meta')
@@ -37,8 +37,8 @@ def shapes(model: nn.Module, inputs: Tuple[Any, ...]) -> List[Any]:
 
 
 def fingerprint(model: nn.Module, inputs: Any) -> Optional[Tuple[Any, ...]]:
-    """Return a key that two models share only if they compute the same function of their weights, for inputs of these
-    shapes; None where that cannot be told."""
+    """Return a key that is equal for two models only if they compute the same function of their weights, for inputs of
+    these shapes. Return None if a model has attributes that do not show what it computes."""
     parts: List[Any] = [(t.dtype, tuple(t.shape)) if isinstance(t, torch.Tensor) else t for t in tree_leaves(inputs)]
     hidden = ('_parameters', '_buffers', '_modules', 'training')
     for name, module in model.named_modules():
@@ -52,7 +52,7 @@ def fingerprint(model: nn.Module, inputs: Any) -> Optional[Tuple[Any, ...]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Tell whether `repr` says all about a value."""
+    """Return whether `repr(value)` describes a value completely."""
     if isinstance(value, dict):
         return all(map(_is_plain, value.values()))
     if isinstance(value, (list, tuple, set)):

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a super-network: the activations of its blocks are computed again in the backward pass."""
+"""Gradient checkpointing of a super-network: the activations of its blocks are recomputed in the backward pass."""
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, Iterable
@@ -12,11 +12,11 @@ __all__ = ['Mixed', 'mixed_with', 'set_recomputed', 'switch_off_checkpointing']
 
 
 class Mixed:
-    """A class whose subclasses are made at run time, one for each class of modules that it is mixed with."""
+    """Base of mixins whose subclasses are made at run time, one for each class of modules that they are mixed with."""
     mixin: type
     stock: type
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:  # what copy and pickle build a module from
+    def __reduce_ex__(self, protocol: Any) -> tuple:  # copy and pickle cannot find a class that is made at run time
         return _blank, (self.mixin, self.stock), self.__dict__
 
 
@@ -33,8 +33,8 @@ def _blank(mixin: type, stock: type) -> nn.Module:
 
 
 class Recomputed(Mixed):
-    """A block whose activations are computed again, at the widths that the forward pass had: by then the network may
-    have other widths. The second time, the running statistics of BatchNorm stay as they are."""
+    """A block whose activations are recomputed, at the widths of the forward pass: the network may have other widths by
+    then. The recomputation does not update the running statistics of BatchNorm."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(super().__call__, *args, use_reentrant=False,
@@ -42,7 +42,7 @@ class Recomputed(Mixed):
 
 
 class _Repeated:
-    """The context of a block's repeated forward pass, which finds the block as it is now."""
+    """Context of a block's recomputation. It restores the state that the block has when the context is created."""
 
     def __init__(self, block: nn.Module):
         now = [(m, {k: getattr(m, k) for k in PASS_STATE if hasattr(m, k)}) for m in block.modules()]
@@ -59,8 +59,8 @@ class _Repeated:
 
 
 def switch_off_checkpointing(module: nn.Module) -> bool:
-    """Switch timm's own gradient checkpointing off, which knows nothing of widths and calls blocks past their stages;
-    tell whether it was on."""
+    """Switch off timm's own gradient checkpointing, which ignores widths and calls blocks without their stages. Return
+    whether it was on."""
     modules = [m for m in module.modules() if getattr(m, 'grad_checkpointing', False) is True]
     for m in modules:
         m.grad_checkpointing = False

@@ -19,7 +19,7 @@ def importance_orders(model: nn.Module, layout: Layout) -> Dict[str, torch.Tenso
     expansion channels too, but does not rank them.
 
     Returns:
-        For channel sets by name: the old position of every channel of the super-network, in new order.
+        For every channel set, by name: the old positions of its channels, in the new order.
     """
     orders = {}
     for c in layout.channels.values():
@@ -37,21 +37,21 @@ def permute_channels(
         orders: Mapping[str, torch.Tensor],
         optimizer: Optional[torch.optim.Optimizer] = None,
 ) -> None:
-    """Reorder channels in all tensors that they run along, in their gradients, and in the optimizer's state of them.
+    """Reorder channels in all tensors that they run along, in their gradients, and in their state in the optimizer.
 
     Raises:
-        ValueError: The optimizer keeps a state that cannot be permuted. Nothing was changed.
+        ValueError: The optimizer keeps a state that cannot be permuted. Nothing has been changed.
     """
     for tensor, dims in to_permute(model, layout, orders, optimizer):
         for dim, order in dims.items():
             tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))
     for module in model.modules():
         if isinstance(module, ElasticBatchNorm):
-            module.since_sort = 0  # the tiny network is another function now
+            module.since_sort = 0  # the statistics start anew, because the tiny network computes another function now
 
 
 def _check_optimizer(tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer of other parameters, and one whose state of a parameter reaches beyond it (L-BFGS)."""
+    """Refuse an optimizer without the super-network's parameters, or with a state that spans parameters (L-BFGS)."""
     held = {id(p) for group in optimizer.param_groups for p in group['params']}
     if not any(id(t) in held for t in tensors.values()):
         raise ValueError(f"{type(optimizer).__name__} holds none of the super-network's parameters, so that its state"
@@ -59,8 +59,9 @@ def _check_optimizer(tensors: Mapping[str, torch.Tensor], optimizer: torch.optim
     for name, tensor in tensors.items():
         for key, state in optimizer.state.get(tensor, {}).items():
             if isinstance(state, (list, tuple, dict)) or torch.is_tensor(state) and state.numel() > tensor.numel():
-                raise ValueError(f"{type(optimizer).__name__} keeps a '{key}' for '{name}' that is of other parameters,"
-                                 f' too, and cannot be sorted. Use another optimizer or NetAugTask(sort=False).')
+                raise ValueError(f"{type(optimizer).__name__} keeps a '{key}' for '{name}' that belongs to other"
+                                 f' parameters, too, and cannot be sorted. Use another optimizer or'
+                                 f' NetAugTask(sort=False).')
 
 
 def to_permute(
@@ -93,7 +94,7 @@ def to_permute(
                 continue
             if not torch.is_tensor(state) or state.shape != tensor.shape:
                 raise ValueError(
-                    f"{type(optimizer).__name__} keeps a '{key}' for '{name}' that is not of its shape"
+                    f"{type(optimizer).__name__} keeps a '{key}' for '{name}' that does not have its shape"
                     f' {tuple(tensor.shape)} and cannot be sorted with it. Use another optimizer or'
                     f' NetAugTask(sort=False).')
             todo.append((state, dims))

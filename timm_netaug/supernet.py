@@ -1,6 +1,6 @@
-"""The super-network: a module over larger tensors, whose leading slice is the tiny network.
+"""The super-network: a module with enlarged tensors, whose leading slices are the tiny network.
 
-`augment` makes one from any stock module, `export` copies any of its sub-networks out of it as a stock module.
+`augment` makes a super-network from a stock module. `export` copies a sub-network out of it as a stock module.
 """
 import copy
 from contextlib import contextmanager
@@ -30,16 +30,16 @@ _WRAPPERS = (nn.DataParallel, DistributedDataParallel, torch.jit.ScriptModule, O
 
 
 class SuperNet(Mixed):
-    """What a super-network has beyond the module that it is. Outside `sampled` it computes the tiny network.
+    """The mixin that makes a module a super-network. Outside `sampled`, the module computes the tiny network.
 
-    The active widths are a state of the module, so it is not safe for several threads: a thread that computes other
-    widths at the same time needs a copy of its own.
+    A super-network is not thread-safe, because the module stores the active widths. Threads that compute different
+    widths at the same time need a copy each.
 
     Attributes:
         netaug_config: The resolved `NetAugConfig`.
-        layout: The channels that can be augmented (see `graph.Layout`).
+        layout: The channels that can be augmented.
         max_widths: Channels of every set in the whole super-network, by name.
-        netaug_trunk: What lies before the branch of `NetAugConfig.from_stage`.
+        netaug_trunk: The modules before the branch of `NetAugConfig.from_stage`.
     """
     netaug_config: NetAugConfig
     layout: Layout
@@ -51,7 +51,7 @@ class SuperNet(Mixed):
 
         Args:
             generator: The only source of randomness.
-            expand_only: Augment the expansions alone, as in the second half of training.
+            expand_only: Augment only the expansion ratios, as in the second half of training.
 
         Returns:
             Number of active channels by the name of the convolution that writes them.
@@ -69,14 +69,15 @@ class SuperNet(Mixed):
 
     @contextmanager
     def active(self, widths: Mapping[str, int]) -> Iterator[Dict[str, int]]:
-        """Compute the sub-network of the given widths within the block. The widths before it come back at its end, also
-        after an error. `backward()` may come after the block.
+        """Compute the sub-network of the given widths within the block.
+
+        The previous widths are restored at the end of the block, also after an error. `backward()` may be called later.
 
         Args:
             widths: Number of active channels of every set, as `sample_widths` returns them.
 
         Raises:
-            ValueError: A channel set is missing, unknown, or its width not between the tiny and the full one.
+            ValueError: A channel set is missing or unknown, or a width is not between the tiny and the full width.
         """
         widths = self.check_widths(widths)
         state = {self.get_submodule(name): ('active_out', widths[c.name])
@@ -94,20 +95,22 @@ class SuperNet(Mixed):
 
     @contextmanager
     def sampled(self, generator: torch.Generator, expand_only: bool = False) -> Iterator[Dict[str, int]]:
-        """Compute one augmented sub-network, drawn from `generator` alone, within the block; yields its widths. See
-        `sample_widths` for the arguments."""
+        """Draw an augmented sub-network, compute it within the block, and yield its widths. See `sample_widths` for the
+        arguments."""
         with self.active(self.sample_widths(generator, expand_only)) as widths:
             yield widths
 
     @contextmanager
     def shared_trunk(self, cut: bool = False) -> Iterator[SharedTrunk]:
-        """Compute the trunk once within the block: an augmented pass goes on from what the tiny pass computed, for its
-        leading images if it sees fewer. The tiny pass comes first, and once; `backward()` comes after `sampled` or
-        `active`. Without `NetAugConfig.from_stage` there is no trunk, and nothing is shared.
+        """Compute the trunk once within the block: an augmented pass reuses the trunk's output of the tiny pass.
+
+        Run the tiny pass first, and only once. An augmented pass may get only the leading images of the batch. Call
+        `backward()` after the block of `sampled` or `active`. Without `NetAugConfig.from_stage`, there is no trunk and
+        nothing is shared.
 
         Args:
-            cut: Let the tiny pass go on from a copy of the crossing activation that has no graph, so that its gradient
-                can be taken at once (see `early_backward`); the yielded trunk has both in `crossing`.
+            cut: Let the tiny pass continue from a detached copy of the activation that crosses the branch, so that its
+                gradient can be computed early (see `early_backward`). `crossing` of the yielded trunk holds both.
         """
         with self.netaug_trunk.opened(cut):
             yield self.netaug_trunk
@@ -126,15 +129,15 @@ class SuperNet(Mixed):
             layer = self.get_submodule(name)
             if not isinstance(layer, Elastic):
                 raise ValueError(f"The layer '{name}' of the super-network has been replaced by a"
-                                 f' {type(layer).__name__}, which is not elastic: replace layers of the stock model, and'
-                                 f' augment that. timm.utils.freeze() keeps the layers with'
+                                 f' {type(layer).__name__}, which is not elastic: replace layers of the stock model,'
+                                 f' and augment that. timm.utils.freeze() keeps the layers with'
                                  f' include_bn_running_stats=False.')
 
     def check_widths(self, widths: Mapping[str, int]) -> Dict[str, int]:
         """Return widths as a dict in forward order.
 
         Raises:
-            ValueError: A channel set is missing, unknown, or its width not between the tiny and the full one.
+            ValueError: A channel set is missing or unknown, or a width is not between the tiny and the full width.
         """
         wrong = sorted(set(widths) ^ set(self.max_widths))
         if wrong:
@@ -152,10 +155,10 @@ class SuperNet(Mixed):
         """Initialise the whole super-network for a training from scratch, as the reference does.
 
         Convolutions: Kaiming-uniform (a = sqrt 5) with the fan-in of the full tensor; classifier: truncated normal
-        of 0.02. Tensors that no augmented channels run along stay as they are, such as the biases of predictions.
+        of 0.02. Tensors without augmented channels are not changed, for example the biases of the last layer.
 
         Args:
-            sort: Sort the channels at once, so that the tiny network starts with the largest ones.
+            sort: Sort the channels afterwards, so that the tiny network starts with the most important ones.
         """
         for name, tensor in self.named_parameters():
             if name in self.layout.axes:
@@ -169,16 +172,16 @@ class SuperNet(Mixed):
     def sort_channels(self, optimizer: Optional[torch.optim.Optimizer] = None) -> Dict[str, torch.Tensor]:
         """Bring the most important channels of every block to the front (see `sorting.importance_orders`).
 
-        The function of the full super-network stays as it is.
+        The function of the full super-network does not change.
 
         Args:
-            optimizer: Its state of the sorted weights is permuted with them. It may hold other parameters, too.
+            optimizer: Optimizer whose state is permuted with the weights. It may hold other parameters, too.
 
         Returns:
-            Orders that were applied, by channel set; `permute_channels` applies them to a copy (an EMA, say).
+            The applied orders by channel set. `permute_channels` applies them to a copy, for example to an EMA.
 
         Raises:
-            ValueError: The optimizer keeps a state that cannot be permuted. Nothing was changed.
+            ValueError: The optimizer keeps a state that cannot be permuted. Nothing has been changed.
         """
         orders = importance_orders(self, self.layout)
         self.permute_channels(orders, optimizer)
@@ -193,16 +196,16 @@ class SuperNet(Mixed):
         permute_channels(self, self.layout, orders, optimizer)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check, once an optimizer has made a step, that its state can be sorted with the weights.
+        """Check that the state of an optimizer can be sorted with the weights. Its state exists after the first step.
 
         Raises:
-            ValueError: It keeps a state that cannot be permuted.
+            ValueError: The optimizer keeps a state that cannot be permuted.
         """
         to_permute(self, self.layout, dict.fromkeys(self.layout.channels), optimizer)
 
     @property
     def batches_since_sort(self) -> Optional[int]:
-        """Tiny training batches since the last sort, None once they no longer matter to BatchNorm's statistics."""
+        """Tiny training batches since the last sort; None while BatchNorm's statistics are the usual moving average."""
         norms = [m for m in self.modules() if isinstance(m, ElasticBatchNorm)]
         norms = [m for m in norms if m.training] or norms  # frozen norms count no batches
         return max((-(-m.since_sort // m.calls) for m in norms if m.since_sort is not None), default=None)
@@ -214,7 +217,7 @@ class SuperNet(Mixed):
                 module.since_sort = None if count is None else count * module.calls
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        """A copy is the tiny network, also one that is made inside `sampled`."""
+        """Restore a copy, which computes the tiny network even if it was made inside `sampled`."""
         super().__setstate__(state)
         self.netaug_trunk.forget(self)
         for c in self.layout.channels.values():
@@ -225,16 +228,17 @@ class SuperNet(Mixed):
                 module.augmented = False
 
     def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("A super-network's classifier cannot be replaced: reset the stock model's, then augment it.")
+        raise ValueError('The classifier of a super-network cannot be replaced: call reset_classifier() of the stock'
+                         ' model, then augment that model.')
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the activations of the blocks again in the backward pass, at the widths of the forward pass."""
+        """Recompute the activations of the blocks in the backward pass, at the widths of the forward pass."""
         set_recomputed([self.get_submodule(name) for name in self.layout.blocks], enable)
 
     def synchronise_batchnorm(self) -> None:
-        """Let BatchNorm normalise by the batches of all processes together. Needs CUDA, as PyTorch's own does.
+        """Normalise over the batches of all processes in BatchNorm. This needs CUDA, like PyTorch's SyncBatchNorm.
 
-        The layers stay what they are, so `convert_sync_batchnorm` has nothing to undo in the exported model.
+        The types of the layers do not change, so an exported model has plain BatchNorm.
         """
         for module in self.modules():
             if isinstance(module, ElasticBatchNorm):
@@ -247,7 +251,7 @@ _NAMES = ('mixin', 'stock', *SuperNet.__annotations__, *(
 
 
 def _fill(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Fill a tensor of a model's super-network with fresh values."""
+    """Fill a tensor of a super-network with new initial values."""
     layer = model.get_submodule(name.rpartition('.')[0])
     elastic = type(layer) if isinstance(layer, Elastic) else ELASTIC[type(layer)]
     new = torch.empty_like(tensor)
@@ -255,7 +259,7 @@ def _fill(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def _rebuild(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Copy a model with other tensors in places; tensors that are not given are copied."""
+    """Copy a model, with the given tensors in place of its own. The other tensors are copied."""
     memo: Dict[int, Any] = {}
     for name, old in [*model.named_parameters(), *model.named_buffers()]:
         if name in tensors:
@@ -267,8 +271,8 @@ def _rebuild(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module
 def _example(model: nn.Module) -> Tuple[torch.Tensor]:
     """Return an input of the size that a timm model is configured for."""
     if not getattr(model, 'pretrained_cfg', None):
-        raise ValueError('augment() needs to know the size of the input: give it example_input=torch.zeros(2, C, H, W),'
-                         ' as the model has no pretrained_cfg of timm.')
+        raise ValueError('augment() needs the size of the input, and the model has no pretrained_cfg of timm:'
+                         ' pass example_input=torch.zeros(2, C, H, W).')
     channels, height, width = resolve_data_config(model=model)['input_size']
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     parameter = next(model.parameters(), torch.empty(0))
@@ -278,23 +282,23 @@ def _example(model: nn.Module) -> Tuple[torch.Tensor]:
 
 @torch.no_grad()
 def augment(model: nn.Module, config: Optional[NetAugConfig] = None, *, example_input: Any = None) -> SuperNet:
-    """Make the super-network of a stock module (section 3.2 of the paper). The module itself is left as it is.
+    """Make the super-network of a stock module (section 3.2 of the paper). The module itself is not changed.
 
-    The tiny network's weights are the leading slice of the super-network's; the weights behind it are initialised with
-    torch's global generator. Memory format, dtype, device and training mode are the module's, and so are the names in
-    the state dict. Channels that reach the module's output keep their number, so whatever reads the output need not
-    know of the super-network.
+    The tiny network's weights are the leading slice of the super-network's weights. The weights behind this slice are
+    initialised with torch's global generator. The super-network has the module's memory format, dtype, device, training
+    mode and names in the state dict. The number of output channels does not change, so code that reads the output works
+    as before.
 
     Args:
-        model: Any network of layers that are followed: a timm model, a `features_only` backbone, or a network of your
-            own, also as a part of a larger one.
+        model: Any network of supported layers: a timm model, a `features_only` backbone, or a network of your own. It
+            may be a part of a larger module.
         config: What to augment, None for the defaults.
         example_input: Argument of the forward pass, or a tuple of arguments; only shapes and dtypes count. None for
             the input size that a timm model is configured for.
 
     Raises:
-        ValueError: The channels of a module cannot be followed; the message names it, its type, why, and the layers
-            that are supported. Or the config is not a `NetAugConfig`, or the input size is not known.
+        ValueError: The channels cannot be followed through a module (the message names the module, its type, the
+            reason and the supported layers), the config is not a `NetAugConfig`, or the input size is not known.
     """
     if config is not None and not isinstance(config, NetAugConfig):
         raise ValueError(f'augment() takes a NetAugConfig, got {config!r}: build one with NetAugConfig.from_dict().')
@@ -321,16 +325,16 @@ def init_weights(
         example_input: Any = None,
         sort: bool = True,
 ) -> None:
-    """Give a stock module the weights that a training with NetAug would start from, for one without.
+    """Initialise a stock module with the weights that NetAug starts from, for a training without NetAug.
 
-    They are the leading slice of a sorted super-network, so they are larger than timm's. In short trainings they are
-    most of the difference between NetAug and timm's own initial weights (docs/results.md).
+    These weights are the leading slice of a sorted super-network, so they are larger than timm's initial weights. In
+    short trainings, they account for most of the gain of NetAug over timm's initial weights (docs/results.md).
 
     Args:
         model: Changed in place. See `augment` for the other arguments, and `SuperNet.init_weights` for `sort`.
 
     Raises:
-        ValueError: As `augment`.
+        ValueError: See `augment`.
     """
     supernet = augment(model, config, example_input=example_input)
     supernet.init_weights(sort)
@@ -338,9 +342,9 @@ def init_weights(
 
 
 def _check_model(model: nn.Module) -> None:
-    """Refuse modules that a super-network cannot be made of, whatever their channels."""
+    """Refuse modules that cannot become a super-network for other reasons than their channels."""
     if not isinstance(model, nn.Module):
-        raise ValueError(f'augment() takes a module, got {model!r}: build it with timm.create_model(), say.')
+        raise ValueError(f'augment() takes a module, got {model!r}: build one with timm.create_model(), for example.')
     supernets = [(name, m) for name, m in model.named_modules() if isinstance(m, SuperNet)]
     if supernets:
         name, supernet = supernets[0]
@@ -359,7 +363,7 @@ def _build(model: nn.Module, layout: Layout, config: NetAugConfig, trunk: Sequen
     max_widths = layout.widths(
         lambda c: max(config.width_mults), lambda c: max(config.expand_mults), config.divisor)
     old = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    # 1x1 convolutions look channels-last in either format: what the others are counts.
+    # 1x1 convolutions look channels-last in either format, so the other tensors decide.
     channels_last = any(
         t.ndim == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
         for t in old.values())
@@ -392,10 +396,11 @@ def _build(model: nn.Module, layout: Layout, config: NetAugConfig, trunk: Sequen
 
 
 def _check_exact(supernet: SuperNet) -> None:
-    """Refuse a network that does not follow its widths, because its code reads or contains numbers of channels.
+    """Refuse a network whose activations do not get the given widths, because its code contains numbers of channels.
 
-    A sub-network that is everywhere wider than the tiny one, and narrower than the super-network, must have the shapes,
-    call by call, of the stock network of its widths, whose channels must be those of the layout.
+    The check takes a sub-network that is wider than the tiny network and narrower than the super-network, and the stock
+    network of the same widths. All calls of modules must have the same shapes in both, and a trace of the stock network
+    must find these widths.
     """
     layout, inputs = supernet.layout, supernet.layout.inputs
     widths = layout.widths(
@@ -406,8 +411,8 @@ def _check_exact(supernet: SuperNet) -> None:
         follows = trace(wider, inputs).tiny == widths
         with supernet.active(widths):
             follows = follows and shapes(supernet, inputs) == shapes(wider, inputs)
-    except Exception as e:  # whatever the network's own code raises
-        follows, why = False, f' It says: {e}'
+    except Exception as e:  # the network's own code may raise anything
+        follows, why = False, f' Its error: {e}'
     if not follows:
         raise ValueError(f'NetAug cannot augment this model: a wider {supernet.stock.__name__} does not have the'
                          f' channels that it should have, because its code contains or reads numbers of channels. Take'
@@ -423,8 +428,8 @@ def find_supernet(module: nn.Module) -> Tuple[str, SuperNet]:
     found = [(name, m) for name, m in module.named_modules() if isinstance(m, SuperNet)]
     if len(found) != 1:
         what = 'none' if not found else ', '.join(repr(name) for name, _ in found)
-        raise ValueError(f'A {type(module).__name__} with one super-network is wanted, found {what}:'
-                         f' make one with augment(), of the whole module or of one part.')
+        raise ValueError(f'The {type(module).__name__} must have one super-network, found {what}:'
+                         f' make one with augment(), from the whole module or from a part of it.')
     return found[0]
 
 
@@ -433,14 +438,14 @@ def export(module: nn.Module, widths: Optional[Mapping[str, int]] = None) -> nn.
     """Copy the tiny network, or any sub-network, out of a super-network.
 
     Args:
-        module: A super-network made by `augment`, or a larger module that has one in it. It is left as it is.
+        module: A super-network made by `augment`, or a larger module that contains one. It is not changed.
         widths: Widths of the sub-network, as `sampled` yields them; None for the tiny network.
 
     Returns:
         A stock module with the super-network's memory format, dtype, device and training mode.
 
     Raises:
-        ValueError: There is no super-network, or the widths are not of it.
+        ValueError: There is no super-network, or the widths do not fit it.
     """
     try:
         name, supernet = find_supernet(module)
@@ -475,7 +480,7 @@ def export(module: nn.Module, widths: Optional[Mapping[str, int]] = None) -> nn.
 
 
 def _fit_reported_widths(model: nn.Module, example: torch.Tensor) -> None:
-    """Let the widths that a timm model reports of itself be those that it has."""
+    """Update the widths that a timm model reports, such as `num_features` and those in `feature_info`."""
     copied, example = to_meta(model), example.to(next(model.parameters()).dtype)
     final, features = copied.forward_intermediates(example)
     for info, feature in zip(model.feature_info, features):

@@ -26,9 +26,9 @@ __all__ = ['NetAugTask', 'distillation_loss', 'step_generator']
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """Return the generator that the sub-network of an update step is drawn from, a function of its two arguments.
+    """Return the generator for the sub-network of an update step. It depends only on the two arguments.
 
-    A hash stands between them and the generator because neighbouring seeds alone give related first draws.
+    It is seeded with a hash of both, because generators with neighbouring seeds give related first draws.
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
@@ -59,7 +59,7 @@ def _leading(batch: Any, size: int, images: int) -> Any:
         images: Number of images to keep.
 
     Raises:
-        ValueError: It cannot be told whether the items of a list are images or batches.
+        ValueError: The items of a list may be images as well as batches.
     """
     if isinstance(batch, torch.Tensor):
         return batch[:images]
@@ -78,32 +78,34 @@ def _leading(batch: Any, size: int, images: int) -> Any:
 class NetAugTask(ClassificationTask):
     """Training with NetAug, as a `timm.task.TrainingTask`, for any loss.
 
-    The evaluation model is the tiny network, so a checkpoint's `state_dict` is that of the stock module; the
-    super-network is in its `task_state`. The training loop tells the task where it is: `start_epoch` at the start of
-    every epoch and `start_update` before every optimizer step. Without these calls, every forward pass counts as a step
-    of an endless first epoch.
+    The evaluation model is the tiny network, so a checkpoint's `state_dict` is that of the stock module. Its
+    `task_state` holds the super-network. The training loop calls `start_epoch` at the start of every epoch, and
+    `start_update` before every optimizer step. Without these calls, every forward pass counts as one step, and the
+    first epoch does not end.
 
     Args:
-        model: A super-network, made by `augment`, or a module with one in it (a detector with an augmented backbone).
+        model: A super-network made by `augment`, or a module that contains one (a detector with an augmented backbone).
         criterion: Loss function, called with a network's output and the target; both may be lists or dicts. Created
             from criterion_kwargs when None.
         criterion_kwargs: Arguments for timm's create_classification_loss() when criterion is None.
-        teacher: A model, or timm's wrapper of one. Runs once a step, and both sub-networks learn from its logits, as in
-            timm's LogitDistillationTask.
-        task_loss_weight: Weight of the criterion, where there is a teacher.
-        distill_loss_weight: Weight of the distillation loss. None for both: 1 and 1; for this one: 1 - the other.
-        temperature: Of both kinds of distillation, the teacher's and in-situ distillation.
+        teacher: A model, or timm's wrapper of one. It runs once in a step. The tiny and the augmented network both
+            learn from its logits, as in timm's LogitDistillationTask.
+        task_loss_weight: Weight of the criterion if there is a teacher. None for 1.
+        distill_loss_weight: Weight of the teacher's distillation loss. None for 1 - task_loss_weight, or for 1 if both
+            weights are None.
+        temperature: Temperature of the teacher's distillation and of in-situ distillation.
         distill_criterion: Loss of in-situ distillation, called with the tiny and the augmented network's output. None
-            for the divergence of their softened classes, which takes logits.
-        seed: The sub-network of a step is a function of it and of the step's number, the same on all ranks.
-        early_backward: Take the gradient of the tiny network's loss before the augmented pass, so that the activations
-            of one pass at a time are in memory. The gradient reaches the parameters in `backward` as always, but
-            'output' has no graph then. It is not done with in-situ distillation, nor in the cases that
-            `early_backward.can_take_gradient` lists. Optimizers of second order need False. The sums are the same to
-            the last bit unless `loss` is scaled before `backward` by something else than a power of two, which rounds
-            once more.
-        multi_label: Targets are one number for each class (B, classes), as for timm's MultiLabelClassificationTask; it
-            chooses the criterion and the evaluator.
+            for `distillation_loss`, which takes logits.
+        seed: Seed of the sampled sub-networks. A step's sub-network depends only on the seed and the number of the
+            step, so it is the same on all ranks.
+        early_backward: Compute the gradient of the tiny network's loss before the augmented pass, so that only one pass
+            at a time has its activations in memory. The parameters get this gradient in `backward` as usual, but
+            'output' has no graph. The setting has no effect with in-situ distillation, and in the cases that
+            `early_backward.can_take_gradient` lists. Second-order optimizers need False. The gradients are the same to
+            the last bit, except where `loss` is scaled before `backward` by a factor that is not a power of two: that
+            adds one rounding.
+        multi_label: Targets have one number for each class (B, classes), as in timm's MultiLabelClassificationTask.
+            Selects the criterion and the evaluator.
         device: Device for task tensors/buffers
         dtype: Dtype for task tensors/buffers
         verbose: Enable info logging
@@ -146,7 +148,7 @@ class NetAugTask(ClassificationTask):
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False)
-            for name in ('mean', 'std'):  # of the input, as timm's tasks with a teacher have them
+            for name in ('mean', 'std'):  # of the input; timm's distillation tasks have buffers with these names
                 value = torch.tensor(self.network.pretrained_cfg[name], device=self.device, dtype=self.dtype)
                 self.register_buffer(f'student_{name}', value.view(1, -1, 1, 1), persistent=False)
         self.seed = seed
@@ -167,30 +169,31 @@ class NetAugTask(ClassificationTask):
         return find_supernet(self.network)[1]
 
     def netaug_fields(self) -> Dict[str, Any]:
-        """Return the fields of both configurations as plain data, as checkpoints hold them."""
+        """Return the fields of both configurations as plain data, for checkpoints."""
         return {**self.supernet.netaug_config.to_dict(), **self.training_config.to_dict()}
 
     def train(self, mode: bool = True) -> 'NetAugTask':
-        """Set the training mode, without the teacher."""
+        """Set the training mode. The teacher stays in evaluation mode."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
         return self
 
     def create_evaluator(self, **kwargs: Any) -> ClassificationEvaluator:
-        """Return timm's evaluator of the metrics for the task's kind of targets."""
+        """Return timm's evaluator for the task's kind of targets."""
         evaluator = MultiLabelClassificationEvaluator if self.multi_label else ClassificationEvaluator
         return evaluator(device=self.device, **kwargs)
 
     def start_epoch(self, epoch: int, num_epochs: int, optimizer: Optional[torch.optim.Optimizer] = None) -> None:
-        """Set the phase of the schedule, and sort the channels where it asks for it (section 3.3 of the paper).
+        """Set the phase of the schedule, and sort the channels if the phase requires it (section 3.3 of the paper).
 
-        Nothing is sorted before the first epoch: `SuperNet.init_weights` has, and given weights stay where they are.
+        The first epoch begins without a sort: `SuperNet.init_weights` has sorted new weights, and pretrained weights
+        keep their order.
 
         Args:
-            epoch: From 0.
-            num_epochs: Of the whole training.
-            optimizer: Its state is sorted with the weights.
+            epoch: Number of the epoch, from 0.
+            num_epochs: Number of epochs of the whole training.
+            optimizer: Optimizer whose state is sorted with the weights.
         """
         config = self.training_config
         self.expand_only = epoch >= config.stop_width_at * num_epochs
@@ -200,33 +203,33 @@ class NetAugTask(ClassificationTask):
                 find_supernet(unwrap_model(self.get_trainable_module(ema=True)))[1].permute_channels(orders)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check, once the optimizer has made a step, that the schedule will be able to sort its state.
+        """Check that the optimizer's state can be sorted if the schedule sorts. The state exists after the first step.
 
         Raises:
-            ValueError: It keeps a state that cannot be sorted.
+            ValueError: The optimizer keeps a state that cannot be sorted.
         """
         if self.training_config.sort and self.training_config.stop_width_at > 0:
             self.supernet.check_optimizer(optimizer)
 
     def setup_ema(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Create an EMA of the super-network. BatchNorm's statistics are the model's own, not averaged: after a sort
-        an average would keep those of other channels for thousands of steps."""
+        """Create an EMA of the super-network. BatchNorm's statistics are copied, not averaged: after a sort, an average
+        would mix in the statistics of other channels for thousands of steps."""
         kwargs.setdefault('exclude_buffers', True)
         return super().setup_ema(*args, **kwargs)
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'NetAugTask':
         """Wrap the super-network in DistributedDataParallel, which all-reduces the gradients.
 
-        Buffers are not broadcast unless asked for: BatchNorm's statistics are every rank's own until timm's
-        `distribute_bn` takes their mean, so that all ranks' images count.
+        By default, buffers are not broadcast. Every rank keeps its own BatchNorm statistics until timm's
+        `distribute_bn` averages them, so that the images of all ranks count.
         """
         super().prepare_distributed(device_ids, **ddp_kwargs)
         if 'broadcast_buffers' not in ddp_kwargs:
-            self.trainable_module.broadcast_buffers = False  # as an argument it would skip the first broadcast, too
+            self.trainable_module.broadcast_buffers = False  # as an argument, it would also skip the initial broadcast
         return self
 
     def start_update(self, step: int) -> None:
-        """Choose the sub-network that every forward pass trains up to the next call."""
+        """Set the number of the step, which selects the sub-network of all forward passes until the next call."""
         self._step, self._counting = step, False
 
     def forward(self, input: torch.Tensor, target: Any) -> Dict[str, Any]:
@@ -237,9 +240,9 @@ class NetAugTask(ClassificationTask):
             target: Labels (B,), or whatever the criterion takes.
 
         Returns:
-            'loss' (the sum, to call `backward` on), 'tiny_loss', and 'output', the tiny network's; in a step with an
-            augmented sub-network 'aug_loss', and 'distill_loss' where the tiny network learns from it; with a teacher
-            'kd_loss', its part in 'tiny_loss' before it is weighted.
+            A dict with 'loss' (the sum, to call `backward` on), and 'tiny_loss' and 'output' of the tiny network. In a
+            step with an augmented sub-network it also has 'aug_loss', and with in-situ distillation 'distill_loss'.
+            With a teacher it also has 'kd_loss', the teacher's part of 'tiny_loss' before weighting.
         """
         config, supernet = self.training_config, self.supernet
         step, self._step = self._step, self._step + self._counting
@@ -251,7 +254,7 @@ class NetAugTask(ClassificationTask):
         is_augmented = step % config.every == 0
         early = is_augmented and self.early_backward and not config.distill and can_take_gradient(
             self.trainable_module, (input, target, list(getattr(self.criterion, 'parameters', list)())))
-        # Compiled code would be compiled anew for every weight that a batch after a sort has in BatchNorm's statistics.
+        # After a sort, BatchNorm's momentum changes from batch to batch, and each value would cause a recompilation.
         eager = self._compiled and supernet.batches_since_sort is not None
         with supernet.shared_trunk(cut=early) if is_augmented else nullcontext() as trunk:
             with torch.compiler.set_stance('force_eager') if eager else nullcontext():
@@ -267,9 +270,9 @@ class NetAugTask(ClassificationTask):
             network = self.network
             with supernet.sampled(step_generator(self.seed, step), self.expand_only), statistics_kept(network), \
                     replaced(network, stand_ins):
-                # Past DistributedDataParallel: its hooks stand at the parameters, where the gradients of both passes
-                # arrive as one sum, and a second forward pass through it could broadcast buffers that the first one
-                # still needs.
+                # This pass bypasses DistributedDataParallel. Its hooks are on the parameters, where the gradients of
+                # both passes arrive as one sum. A second forward pass through it could overwrite buffers, by a
+                # broadcast, that the first pass still needs.
                 aug_output = network(share(input))
         aug_loss, _ = self._loss(aug_output, share(target), share(teacher_output))
         result['aug_loss'] = aug_loss.detach()
@@ -288,7 +291,7 @@ class NetAugTask(ClassificationTask):
         return take_gradient(loss, [p for p in self.network.parameters() if p.requires_grad], slices, trunk.crossing)
 
     def _loss(self, output: Any, target: Any, teacher_output: Any) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
-        """Return the loss of one network's output, and the teacher's part in it to be logged."""
+        """Return the loss of one network's output, and the teacher's part of it for logging."""
         loss = self.criterion(output, target)
         if teacher_output is None:
             return loss, {}
@@ -296,11 +299,11 @@ class NetAugTask(ClassificationTask):
         return self.task_loss_weight * loss + self.distill_loss_weight * kd_loss, dict(kd_loss=kd_loss.detach())
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **kwargs: Any) -> nn.Module:
-        """Compile what is static: the tiny pass, and the teacher.
+        """Compile the tiny pass and the teacher, whose shapes do not change.
 
-        The augmented pass stays eager, as there are more combinations of sampled widths than steps, and each would be
-        compiled for itself. So do the tiny passes of the first batches after a sort, and evaluation, whose model is a
-        new slice every time.
+        The augmented pass runs eagerly: there are more combinations of sampled widths than steps, and each would be
+        compiled separately. The tiny passes of the first batches after a sort run eagerly, too, and so does evaluation,
+        whose model is a new copy every time.
         """
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **kwargs)
         if self.teacher is not None:
@@ -312,7 +315,7 @@ class NetAugTask(ClassificationTask):
         return None
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
-        """Return the tiny model as it is now: a copy, which further training does not change."""
+        """Return a copy of the current tiny model. Further training does not change the copy."""
         module = self.get_trainable_module(ema=ema) if module is None else module
         return None if module is None else export(unwrap_model(module))
 
@@ -334,23 +337,23 @@ class NetAugTask(ClassificationTask):
             ema: bool = False,
             strict: bool = True,
     ) -> None:
-        """Load the super-network; the tiny network's `state_dict` is a slice of it.
+        """Load the super-network from `task_state`. `state_dict` is a slice of it, and is not used.
 
         Raises:
-            ValueError: The checkpoint is not of a NetAug training, or of one with another config.
-            RuntimeError: An EMA is to be loaded before `setup_ema`, or a tensor has another shape.
+            ValueError: The checkpoint is from a training without NetAug, or with another NetAug config.
+            RuntimeError: An EMA is loaded before `setup_ema`, or a tensor has another shape.
         """
         module = self.get_trainable_module(ema=ema)
         if module is None:
             raise RuntimeError('Cannot load EMA checkpoint state before setup_ema().')
         if not task_state:
-            raise ValueError('The checkpoint holds no super-network, as it is not of a training with NetAug.'
+            raise ValueError('The checkpoint holds no super-network, because it is from a training without NetAug.'
                              ' Start from its weights with --initial-checkpoint instead of resuming it.')
         here = self.netaug_fields()
         there = {k: v for c in split_fields(task_state['netaug']) for k, v in c.to_dict().items()}
         changed = [k for k in here if there[k] != here[k]]
         if changed:
-            raise ValueError('The checkpoint is of a NetAug training with another config: ' + ', '.join(
+            raise ValueError('The checkpoint is from a NetAug training with another config: ' + ', '.join(
                 f'{k} is {there[k]} there and {here[k]} here' for k in changed) + '.')
         network = unwrap_model(module)
         network.load_state_dict(task_state['supernet'], strict=strict)

@@ -26,7 +26,7 @@ from .supernet import SuperNet, augment
 __all__ = []
 
 _logger = logging.getLogger(__name__)
-_SOURCES = ('state_dict', 'file', 'url', 'hf_hub_id')  # of weights, in a pretrained config
+_SOURCES = ('state_dict', 'file', 'url', 'hf_hub_id')  # fields of a pretrained config that name a source of weights
 
 # The first block of a stage never has a skip connection here, even where stride and widths would allow one.
 _MOBILENETV2 = [
@@ -56,8 +56,8 @@ _MCUNET = [  # final widths
     ['ir_r1_k3_s2_e6_c96_noskip', 'ir_r1_k7_s1_e5_c96', 'ir_r1_k3_s1_e4_c96'],
     ['ir_r1_k7_s1_e5_c160_noskip'],
 ]
-# MobileNetV3-Large gives expansion widths, and each of them is scaled and rounded by itself: hence these ratios, which
-# hold for the multiplier 0.35 alone. In comments: the widths of the 1.0 model.
+# MobileNetV3-Large is defined by expansion widths, and each width is scaled and rounded separately. So these expansion
+# ratios are valid only for the multiplier 0.35. The comments show the expansion widths for the multiplier 1.0.
 _MOBILENETV3_035 = [
     ['ds_r1_k3_s1_c16_nre'],
     ['ir_r1_k3_s2_e3_c24_nre_noskip', 'ir_r1_k3_s1_e3_c24_nre'],  # 64 72
@@ -69,7 +69,7 @@ _MOBILENETV3_035 = [
 ]
 
 
-# The paper's multipliers (section 4.1 and the reference's experiment configs) where they are not the usual ones.
+# The paper's multipliers (section 4.1 and the reference's experiment configs) where they differ from the defaults.
 register_defaults('netaug_mbv3_035', width_mults=(1.0, 2.0, 3.0))
 register_defaults('netaug_mcunet', width_mults=(1.0, 1.6, 2.2))
 
@@ -106,14 +106,14 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-for _default in default_cfgs.values():  # timm would take input and classes of a bare name from the weights, too
+for _default in default_cfgs.values():  # else a name without a tag would get input size and classes of the weights
     _default.tags.remove('')
     _default.tags.appendleft('')
 
 
 def _shipped_cfg(variant: str, *given: Union[Mapping[str, Any], PretrainedCfg, None]) -> Optional[PretrainedCfg]:
-    """Return the config of the weights that `pretrained=True` loads without a tag: those that come with the package.
-    None where there are none, or where one of the given configs says where weights are to come from."""
+    """Return the config of the bundled weights, which `pretrained=True` loads for a name without a tag. Return None if
+    there are no bundled weights, or if one of the given configs has another source of weights."""
     fields = [cfg.to_dict() if isinstance(cfg, PretrainedCfg) else cfg or {} for cfg in given]
     tag = next((t for t in default_cfgs[variant].tags if default_cfgs[variant].cfgs[t].has_weights), None)
     if tag is None or any(cfg.get(key) for cfg in fields for key in _SOURCES):
@@ -125,11 +125,11 @@ def _shipped_cfg(variant: str, *given: Union[Mapping[str, Any], PretrainedCfg, N
 
 
 def _filter_fn(variant: str, state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
-    """Rename the tensors of a reference checkpoint, for a feature extractor of timm, too, and note the normalisation
-    that an older file's weights were trained with.
+    """Rename the tensors of a reference checkpoint, and note the normalisation that the weights of an older file were
+    trained with. This works for timm's feature extractors, too.
 
-    The renaming knows a reference checkpoint by its head. A feature extractor has none, so the whole model, on the meta
-    device (without memory), stands in for it.
+    The renaming recognises a reference checkpoint by its head. A feature extractor has no head, so the whole model is
+    used in its place, on the meta device (without memory).
     """
     whole = model if hasattr(model, 'conv_head') else create_model(variant, device='meta')
     model.pretrained_cfg.update(input_config(state_dict))
@@ -149,10 +149,10 @@ def _create(
     """Build a model with timm's function for the family, or with `netaug` (True or config fields) the super-network."""
     kwargs.setdefault('round_chs_fn', partial(round_channels, multiplier=multiplier))
     given = kwargs.get('pretrained_cfg')
-    if pretrained and not isinstance(given, str):  # else a tag
+    if pretrained and not isinstance(given, str):  # a string is a tag
         kwargs['pretrained_cfg'] = _shipped_cfg(variant, given, kwargs.get('pretrained_cfg_overlay')) or given
     if 'feature_cls' in kwargs:
-        kwargs.setdefault('feature_cfg', dict(flatten_sequential=True))  # for 'list' and 'dict', which need it
+        kwargs.setdefault('feature_cfg', dict(flatten_sequential=True))  # the classes 'list' and 'dict' need it
     model = create_fn(
         variant,
         pretrained,

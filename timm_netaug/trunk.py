@@ -1,7 +1,7 @@
-"""The shared trunk: what lies before a branch of a network is computed once for the tiny and the augmented pass.
+"""The shared trunk: the modules before a branch of a network run once for the tiny and the augmented pass.
 
-`find_trunk` finds the modules that lie before a branch. `SharedTrunk` remembers what they compute in the tiny pass, and
-gives that again in an augmented pass.
+`find_trunk` finds the modules before a branch. `SharedTrunk` stores their outputs in the tiny pass, and returns them in
+an augmented pass.
 """
 import re
 from contextlib import contextmanager
@@ -21,8 +21,8 @@ __all__ = ['SharedTrunk', 'find_trunk', 'stage_names']
 
 
 def stage_names(model: nn.Module) -> List[str]:
-    """List the stages of a network: the children of its `blocks` or `stages`, or `layer1`, `layer2` and so on. Empty
-    for a network that has none of these."""
+    """List the stages of a network: the children of its `blocks` or `stages`, or `layer1`, `layer2` and so on. The list
+    is empty for a network without such modules."""
     for name, module in model.named_modules():
         children = [f'{name}.{child}'.lstrip('.') for child, _ in module.named_children()]
         if name.rpartition('.')[2] in ('blocks', 'stages') and isinstance(module, (nn.Sequential, nn.ModuleList)):
@@ -37,9 +37,9 @@ class _Operator(NamedTuple):
     """An operator of a forward pass."""
     time: int
     stack: Tuple[str, ...]  # the modules that are being called
-    inputs: Set[int]  # ids of tensors, as `outputs`
-    outputs: Set[int]
-    written: Set[int]  # memory that it writes into
+    inputs: Set[int]  # ids of tensors
+    outputs: Set[int]  # ids of tensors
+    written: Set[int]  # storages that it writes into
 
 
 class _Calls(TorchDispatchMode):
@@ -52,9 +52,9 @@ class _Calls(TorchDispatchMode):
         self.first: Dict[str, int] = {}  # by module: when its first call begins
         self.last: Dict[str, int] = {}  # by module: when its last call ends
         self.calls: Dict[str, int] = {}
-        self.made: List[Tuple[str, Dict[int, int]]] = []  # a call of a module; its tensors by id, and their memory
+        self.made: List[Tuple[str, Dict[int, int]]] = []  # per call: the module, and its outputs by id with the storage
         self.operators: List[_Operator] = []
-        self.alive: List[Any] = []  # so that no id is used twice
+        self.alive: List[Any] = []  # keeps tensors alive, so that no id is used twice
         for name, module in model.named_modules():
             module.register_forward_pre_hook(partial(self.enter, name), prepend=True)
             module.register_forward_hook(partial(self.leave, name), prepend=True)
@@ -82,8 +82,8 @@ class _Calls(TorchDispatchMode):
         return output
 
     def trunk(self, branch: str, outputs: Set[int]) -> Tuple[List[str], str]:
-        """Return the outermost modules before a branch, the one whose output crosses it last; and why the branch cannot
-        be shared, where it cannot.
+        """Return the outermost modules before a branch, and why they cannot be shared ('' if they can). The last module
+        is the one whose output crosses the branch.
 
         Args:
             outputs: Ids of the tensors that the network returns.
@@ -93,8 +93,8 @@ class _Calls(TorchDispatchMode):
         trunk = [n for n in self.first if n in done and not any(n.startswith(f'{other}.') for other in done)]
         if not trunk:
             return [], 'no module lies before it'
-        makers: Dict[int, Set[str]] = {}  # of tensors that are made in the trunk: the outermost modules
-        whole, memory = set(), {}  # those of them that such a module returns
+        makers: Dict[int, Set[str]] = {}  # tensor that is made in the trunk -> outermost modules that make it
+        whole, memory = set(), {}  # the tensors that an outermost module returns; storages by tensor
         for name, tensors in self.made:
             outer = next((n for n in trunk if f'{name}.'.startswith(f'{n}.')), None)
             for i in tensors if outer else ():
@@ -102,7 +102,7 @@ class _Calls(TorchDispatchMode):
                 memory[i] = tensors[i]
                 whole |= {i} if name == outer else set()
         leaving, written = outputs & set(makers), set()
-        comes_from = {i: {i} for i in makers}  # also through operators between the modules of the trunk
+        comes_from = {i: {i} for i in makers}  # continued below through operators between the trunk's modules
         for op in self.operators:
             if done.intersection(op.stack):
                 continue
@@ -115,12 +115,12 @@ class _Calls(TorchDispatchMode):
         names = sorted(set().union(*(makers[i] for i in leaving)))
         if len(leaving) != 1 or not leaving <= whole or len(names) != 1:
             where = f'{", ".join(names) or "none"}{"" if leaving <= whole else ", of modules within"}'
-            hint = ' (what is computed between modules, such as a sum, counts for each of its operands)'
-            return [], f'{len(leaving)} activations go past it ({where}){hint if len(leaving) > 1 else ""}'
+            hint = ' (a tensor computed between modules, such as a sum, counts once for each operand)'
+            return [], f'{len(leaving)} activations cross it ({where}){hint if len(leaving) > 1 else ""}'
         if written.intersection(memory[i] for i in leaving):
-            return [], f"the output of '{names[0]}' is overwritten behind it"
+            return [], f"the output of '{names[0]}' is overwritten after it"
         if self.calls[names[0]] > 1:
-            return [], f"'{names[0]}' before it is called {self.calls[names[0]]} times"
+            return [], f"'{names[0]}', the last module before it, is called {self.calls[names[0]]} times"
         return [n for n in trunk if n != names[0]] + names, ''
 
 
@@ -133,11 +133,11 @@ def _memory(tensor: torch.Tensor) -> int:
 
 
 def find_trunk(model: nn.Module, inputs: Tuple[Any, ...], branch: Union[int, str]) -> List[str]:
-    """Find the modules that lie before a branch, which exactly one activation crosses. The model is only read.
+    """Find the modules before a branch that exactly one activation crosses. The model is not changed.
 
     Args:
         inputs: Arguments of the forward pass, on the meta device.
-        branch: Number of the stage that the branch lies before (0: no trunk), or name of a module.
+        branch: Number of the first stage behind the branch (0: no trunk), or name of the first module behind it.
 
     Returns:
         Names of the outermost modules before the branch. The output of the last one is the activation that crosses it.
@@ -162,43 +162,43 @@ def find_trunk(model: nn.Module, inputs: Tuple[Any, ...], branch: Union[int, str
         outputs = {id(t) for t in _tensors(copied(*inputs))}
     called = [n for n in calls.first if n and list(modules[n].parameters())]
     if branch not in calls.first or not branch:
-        known = 'is not called by its forward pass' if branch in modules else 'is no module of it'
+        known = 'is not called in the forward pass' if branch in modules else 'is not a module'
         some = [n for n in stages if n in calls.first] or called
-        raise ValueError(f"from_stage: '{branch}' of {type(model).__name__} {known}. Name a module, such as"
+        raise ValueError(f"from_stage: '{branch}' {known} of {type(model).__name__}. Name a module, such as"
                          f' {", ".join(map(repr, some[:3]))}.')
     trunk, why = calls.trunk(branch, outputs)
     if why:
         distance = {n: abs(calls.first[n] - calls.first[branch]) for n in called}
         nearest = [n for n in sorted(distance, key=distance.get) if not calls.trunk(n, outputs)[1]][:3]
         raise ValueError(f"from_stage: the network cannot branch before '{branch}', because {why}. The nearest modules"
-                         f' that it can branch before: {", ".join(map(repr, nearest)) or "none"}.')
+                         f' before which it can branch: {", ".join(map(repr, nearest)) or "none"}.')
     return trunk
 
 
 class SharedTrunk:
-    """What the modules of a trunk have computed in a tiny pass.
+    """The outputs of a trunk's modules in a tiny pass, for reuse in an augmented pass.
 
     Args:
-        names: The modules of the trunk; the last one's output crosses the branch.
+        names: Names of the trunk's modules. The output of the last module crosses the branch.
     """
 
     def __init__(self, names: Sequence[str]):
         self.names = list(names)
-        self.is_open = False  # whether outputs are to be remembered
-        self.cut = False  # whether the tiny pass goes on from copies of the crossing activations
-        self.outputs: Dict[str, List[Tuple[int, Any]]] = {}  # of every call, with the number of images
-        self.crossing: List[Tuple[torch.Tensor, torch.Tensor]] = []  # activations, and the copies
+        self.is_open = False  # whether outputs are stored
+        self.cut = False  # whether the tiny pass continues from detached copies of the crossing activations
+        self.outputs: Dict[str, List[Tuple[int, Any]]] = {}  # by module: number of images and output of every call
+        self.crossing: List[Tuple[torch.Tensor, torch.Tensor]] = []  # crossing activations and their detached copies
 
     def __reduce__(self) -> tuple:  # a copy starts empty
         return SharedTrunk, (self.names,)
 
     def watch(self, module: nn.Module) -> None:
-        """Remember the outputs of a network's trunk from now on, within `opened`."""
-        for name in self.names:  # before other hooks, which then see the copy that the tiny pass goes on from
+        """Add hooks to a network's trunk that store its outputs within `opened`."""
+        for name in self.names:  # these hooks run first, so that other hooks see the detached copy
             module.get_submodule(name).register_forward_hook(_Remember(self, name), prepend=True)
 
     def unwatch(self, module: nn.Module) -> None:
-        """Remove what `watch` has added."""
+        """Remove the hooks that `watch` has added."""
         for name in self.names:
             hooks = module.get_submodule(name)._forward_hooks
             for key in [k for k, hook in hooks.items() if isinstance(hook, _Remember)]:
@@ -206,10 +206,10 @@ class SharedTrunk:
 
     @contextmanager
     def opened(self, cut: bool) -> Iterator[None]:
-        """Remember outputs within the block.
+        """Store outputs within the block.
 
         Args:
-            cut: Let the tiny pass go on from a copy of the crossing activation, which has no graph.
+            cut: Let the tiny pass continue from a detached copy of the crossing activation.
         """
         self.is_open, self.cut = True, cut
         try:
@@ -229,8 +229,8 @@ class SharedTrunk:
 
     @contextmanager
     def recalled(self, module: nn.Module) -> Iterator[None]:
-        """Let the trunk of a network give, within the block, what it has remembered, for as many images as it is called
-        with. Nothing is changed where nothing is remembered."""
+        """Let the modules of a network's trunk return their stored outputs within the block, for the leading images if
+        they are called with fewer images. Modules without stored outputs compute as usual."""
         modules = {module.get_submodule(name): outputs for name, outputs in self.outputs.items()}
         before = {m: vars(m).get('forward') for m in modules}
         is_open, self.is_open = self.is_open, False
@@ -246,7 +246,7 @@ class SharedTrunk:
                     m.forward = forward
 
     def forget(self, module: nn.Module) -> None:
-        """Let the trunk of a network compute again, in a copy that was made within `recalled`."""
+        """Undo `recalled` in a copy of a network that was made within its block, so that the copy's trunk computes."""
         for name in self.names:
             m = module.get_submodule(name)
             if isinstance(vars(m).get('forward'), _Recall):
@@ -287,6 +287,6 @@ def _leading_images(images: int, fewer: int, value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     if not value.ndim or len(value) != images:
-        raise RuntimeError(f'The trunk returns a tensor of shape {tuple(value.shape)}, which cannot be taken for'
+        raise RuntimeError(f'The trunk returns a tensor of shape {tuple(value.shape)}, which cannot be reduced to'
                            f' {fewer} of {images} images: use batch_fraction=1.')
     return value[:fewer]

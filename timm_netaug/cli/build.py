@@ -1,4 +1,4 @@
-"""What is trained: the model with the weights that it starts from, its teacher, and the task with their losses."""
+"""Build what `train.py` trains: the model with its initial weights, the teacher, and the task with the losses."""
 import logging
 import os
 from typing import Any, Dict, List, Optional, Tuple
@@ -37,13 +37,13 @@ _logger = logging.getLogger('train')
 
 
 def _check_given(args, model: nn.Module) -> None:
-    """Refuse a file of weights that leaves a part of the model but its classifier as it was. timm takes that for
-    adaptation, and trains the part from scratch.
+    """Refuse a file of weights that lacks tensors of the model other than those of the classifier. timm would train
+    these from scratch without an error.
 
     Raises:
-        UserError: Most of the model's weights were not in the file, or with NetAug any of them.
+        UserError: Most of the model's tensors are not in the file, or with NetAug any of them.
     """
-    if type(model) not in (EfficientNet, MobileNetV3):  # others may have names of their own in older files
+    if type(model) not in (EfficientNet, MobileNetV3):  # older files of other models may have other names
         return
     given = checkpoint_filter_fn(read_weights(args.pretrained_path), model)
     head = model.pretrained_cfg.get('classifier') or ''
@@ -51,17 +51,18 @@ def _check_given(args, model: nn.Module) -> None:
     missing = [n for n in weights if n not in given]
     if missing and (args.netaug or 2 * len(missing) > len(weights)):
         raise UserError(f'--pretrained-path: {args.pretrained_path} is of another model than {args.model}:'
-                        f' {len(missing)} of its {len(weights)} tensors are not there ({", ".join(missing[:2])}).')
+                        f' {len(missing)} of the {len(weights)} tensors of the model are not in the file'
+                        f' ({", ".join(missing[:2])}).')
 
 
 def set_up_model(args) -> nn.Module:
-    """Build the stock model, with whatever weights it starts from."""
+    """Build the stock model with its initial weights."""
     check_model_name(args.model)
     for flag in ('pretrained_path', 'initial_checkpoint'):
         if getattr(args, flag) and not os.path.isfile(getattr(args, flag)):
             raise UserError(f'--{flag.replace("_", "-")}: there is no file {getattr(args, flag)}.')
     if args.initial_checkpoint and not args.initial_checkpoint.lower().endswith(('.npz', '.npy')):
-        read_weights(args.initial_checkpoint)  # what is wrong with the file is told in a sentence
+        read_weights(args.initial_checkpoint)  # reports what is wrong with the file
     pretrained, overlay = args.pretrained, dict(args.pretrained_cfg_overlay)
     if args.pretrained_path:
         pretrained = True
@@ -70,7 +71,7 @@ def set_up_model(args) -> nn.Module:
         if classes is not None and args.num_classes not in (None, classes):
             _logger.info(f'The weights are for {classes} classes, not {args.num_classes}: the classifier is a new one.')
     source = local_name(args.model, weights=args.pretrained and not args.pretrained_path)
-    optional = dict(  # models without such an argument are only asked where a flag is given
+    optional = dict(  # arguments that some models do not have: they are passed only if a flag sets them
         drop_path_rate=args.drop_connect if args.drop_path is None else args.drop_path,
         drop_block_rate=args.drop_block,
         bn_momentum=args.bn_momentum,
@@ -107,7 +108,7 @@ def set_up_model(args) -> nn.Module:
         try:
             model.set_grad_checkpointing(True)
         except (AttributeError, AssertionError) as e:
-            raise UserError(f'--grad-checkpointing: {args.model} has none, leave it out.') from e
+            raise UserError(f'--grad-checkpointing: {args.model} does not support it, leave the flag out.') from e
     if args.num_classes is None:
         args.num_classes = model.num_classes
     return model
@@ -123,13 +124,13 @@ def _set_up_head(args, model: nn.Module) -> None:
 
 
 def prepare_for_training(args, model: nn.Module, config: Optional[Tuple[Any, Any]], device, dtype) -> nn.Module:
-    """Make of the stock model what is trained: with NetAug its super-network, on the device, in format and type.
+    """Turn the stock model into the trained model: with NetAug the super-network, on the device, in format and dtype.
 
     Args:
-        config: The configurations of the super-network and of its training; None without NetAug and its weights.
+        config: Configurations of the super-network and of its training; None without --netaug and --netaug-init.
 
     Raises:
-        UserError: The model is not one that NetAug takes.
+        UserError: NetAug does not support the model.
     """
     if config is not None:
         try:
@@ -150,9 +151,9 @@ def prepare_for_training(args, model: nn.Module, config: Optional[Tuple[Any, Any
     if uses_channels_last(args):
         model.to(memory_format=torch.channels_last)
     if args.sync_bn and not args.distributed:
-        _logger.warning('--sync-bn has nothing to synchronise in one process.')
+        _logger.warning('--sync-bn has no effect in a single process.')
     elif args.sync_bn:
-        args.dist_bn = ''  # the processes have the same statistics
+        args.dist_bn = ''  # the processes have the same statistics already
         if args.netaug:
             model.synchronise_batchnorm()
         else:
@@ -170,10 +171,11 @@ def set_up_teacher(
         device: torch.device,
         dtype: torch.dtype,
 ) -> Optional[DistillationTeacher]:
-    """Build the model that `--kd-model-name` names, with its weights; None without the flag.
+    """Build the teacher that `--kd-model-name` names, with its weights. Return None without the flag.
 
     Raises:
-        UserError: There is none, it has no weights, other classes than the student, or does not take its images.
+        UserError: The teacher does not exist, has no weights, has other classes than the student, or cannot process
+            the student's images.
     """
     name = args.kd_model_name
     if not name:
@@ -187,10 +189,10 @@ def set_up_teacher(
     model, names = teacher.model, teacher.class_names
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     if len(cfg.get('mean', ())) not in (0, channels):
-        raise UserError(f'--kd-model-name: {name} has a normalisation for {len(cfg["mean"])} channels, the images have'
-                        f' {channels}: train the teacher on such images first.')
+        raise UserError(f'--kd-model-name: {name} has a normalisation for {len(cfg["mean"])} channels, but the images'
+                        f' have {channels}: train the teacher on such images first.')
     if model.num_classes != args.num_classes:
-        raise UserError(f'--kd-model-name: {name} is for {model.num_classes} classes, the student for'
+        raise UserError(f'--kd-model-name: {name} is for {model.num_classes} classes, but the student for'
                         f' {args.num_classes}: train the teacher on this data set first, export it, and name it as'
                         f' local-dir:OUT_DIR.')
     if names and class_names and list(names) != list(class_names):
@@ -215,8 +217,8 @@ def _check_features(task: FeatureDistillationTask, input: torch.Tensor) -> None:
                         f' features of the student.') from e
     task.train()
     if student.shape != teacher.shape:
-        raise UserError(f'--kd-distill-type feature: the teacher has {teacher.shape[-1]} features, what the student is'
-                        f' projected to {student.shape[-1]}. Leave --kd-teacher-feature-dim and'
+        raise UserError(f'--kd-distill-type feature: the teacher has {teacher.shape[-1]} features, but the features of'
+                        f' the student are projected to {student.shape[-1]}. Leave --kd-teacher-feature-dim and'
                         f' --kd-student-feature-dim out.')
 
 
@@ -224,7 +226,7 @@ def _criterion_kwargs(args) -> Dict[str, Any]:
     """Return the arguments of timm's create_classification_loss().
 
     Raises:
-        UserError: A file of weights or of class statistics cannot be read, or is of other classes.
+        UserError: A file of weights or of class statistics cannot be read, or has another number of classes.
     """
     mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     kwargs: Dict[str, Any] = dict(
@@ -248,8 +250,8 @@ def _criterion_kwargs(args) -> Dict[str, Any]:
     for kind in ('pos_weight', 'class_weight', 'class_counts'):
         count = len(kwargs[kind]) if torch.is_tensor(kwargs.get(kind)) else args.num_classes
         if count != args.num_classes:
-            raise UserError(f'The weights of the loss ({kind}) are {count} numbers, the model has {args.num_classes}'
-                            f' classes.')
+            raise UserError(f'The weights of the loss ({kind}) are {count} numbers, but the model has'
+                            f' {args.num_classes} classes.')
     return kwargs
 
 
@@ -264,7 +266,7 @@ def set_up_task(
     """Build the task that computes the losses.
 
     Raises:
-        UserError: The model is not one for this kind of distillation.
+        UserError: The model does not support this kind of distillation.
     """
     multi_label = args.task == 'multilabel'
     kwargs: Dict[str, Any] = dict(criterion_kwargs=_criterion_kwargs(args), device=device, dtype=dtype)
@@ -287,7 +289,7 @@ def set_up_task(
                 task = TokenDistillationTask(model, teacher, distill_type=args.kd_token_distill_type, **soft, **kwargs)
             else:
                 task = LogitDistillationTask(model, teacher, loss_type=args.kd_loss_type, **soft, **kwargs)
-    if teacher is not None:  # timm takes them from the registered model; these are what the images really have
+    if teacher is not None:  # timm uses mean and std of the registered model, which the images need not have
         for name in ('mean', 'std'):
             value = torch.tensor(data_config[name], device=device, dtype=dtype).view(1, -1, 1, 1)
             task.register_buffer(f'student_{name}', value, persistent=False)

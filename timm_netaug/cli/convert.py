@@ -1,4 +1,4 @@
-"""The authors' `.pth` files as folders that timm and the Hub take: `python -m timm_netaug convert PTH OUT_DIR`."""
+"""Write a `.pth` file of the authors as a folder that timm takes: `python -m timm_netaug convert PTH OUT_DIR`."""
 import argparse
 from typing import Optional, Sequence
 
@@ -12,9 +12,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m timm_netaug convert',
         description="Write a .pth file of the NetAug authors as a folder for timm.create_model('local-dir:OUT_DIR').")
-    parser.add_argument('pth', help="file of a tiny model, in the authors' names or in timm's")
+    parser.add_argument('pth', help="file of a tiny model, with the authors' or timm's names of tensors")
     parser.add_argument('out_dir', help='folder for model.safetensors and config.json')
-    parser.add_argument('--model', required=True, metavar='NAME', help='architecture, netaug_mbv2_tiny for one')
+    parser.add_argument('--model', required=True, metavar='NAME', help='architecture, for example netaug_mbv2_tiny')
     args = parser.parse_args(argv)
     with exit_on_user_error('timm_netaug convert'):
         convert(args.pth, args.out_dir, args.model)

@@ -13,7 +13,7 @@ from .style import AUGMENTED, BLACK, GREY, PURPLE, SKY_BLUE, TINY, Label, add_la
 
 __all__ = ['write_curves']
 
-# Column -> what it is called, its colour, line (dashed in training, solid in validation) and marker.
+# Column -> its label, colour, line (dashed for training, solid for validation) and marker.
 _LOSSES = {
     'train_loss': ('training', TINY, '--', 'o'),
     'train_tiny_loss': ('training, tiny network', TINY, '--', '^'),
@@ -54,12 +54,12 @@ def write_curves(
         decreasing: bool = False,
         title: Optional[str] = None,
 ) -> None:
-    """Plot the losses and accuracies of a run, with the best epoch marked. An existing picture is replaced at once.
+    """Plot the losses and accuracies of a run, and mark the best epoch. The picture is written atomically.
 
     Args:
         summary: The run's `summary.csv`.
         out: Path of the PNG file.
-        metric: Column that the best epoch is chosen by, the first one where several are equal.
+        metric: Column that decides which epoch is the best. Of several equal epochs, it is the first.
         decreasing: Whether the lowest value of `metric` is the best.
         title: Title of the picture, None for the name of the run's folder.
 
@@ -107,12 +107,12 @@ def _draw(
         best: Optional[Point],
         value: str,
 ) -> List[Label]:
-    """Draw the columns of a panel, and a dotted line through the best epoch; returns the labels of both."""
+    """Draw the columns of a panel, and a dotted line through the best epoch. Return the labels of both."""
     labels = []
     for column in (c for c in series if c in columns):
         label, colour, line, marker = series[column]
         epochs, values = zip(*columns[column])
-        # Markers show where a value stands alone; in long runs they would hide the line.
+        # Markers show values without neighbours. In long runs, they would hide the line.
         axes.plot(epochs, values, line, color=colour, marker=marker if len(values) <= 30 else '', markersize=4,
                   label=label)
         labels.append(Label(epochs[-1], values[-1], label, colour))

@@ -1,4 +1,4 @@
-"""The device and the precision that `train.py` and `validate.py` compute with."""
+"""The device and the precision of `train.py` and `validate.py`."""
 import logging
 import os
 from contextlib import nullcontext
@@ -15,10 +15,10 @@ __all__ = ['choose_device', 'join_processes', 'mixed_precision', 'restarts', 'us
 
 
 def choose_device(args: Any, logger: logging.Logger) -> None:
-    """Let the CPU stand in for a GPU that nobody asked for; set up what a GPU computes with.
+    """Use the CPU if there is no GPU and none was requested. Set PyTorch's options for a GPU.
 
     Raises:
-        UserError: A GPU was asked for, and there is none.
+        UserError: A GPU was requested, but there is none.
     """
     if args.device == 'cuda' and not torch.cuda.is_available():
         if args.device_given:
@@ -31,14 +31,14 @@ def choose_device(args: Any, logger: logging.Logger) -> None:
 
 
 def restarts() -> int:
-    """Return how often torchrun has started the processes anew."""
+    """Return how often torchrun has restarted the processes."""
     return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
 
 
 def _rendezvous_of_this_attempt(url: str, **kwargs: Any) -> Iterator[Any]:
-    """Let the processes find each other under a prefix of this attempt.
+    """Let the processes of this attempt find each other under their own prefix in torchrun's store.
 
-    The store of torchrun still has the addresses of the processes of the attempt before.
+    The store still holds the addresses of the processes of the previous attempt.
     """
     store, *numbers = next(rendezvous('env://', **kwargs))
     yield (torch.distributed.PrefixStore(f'attempt-{restarts()}', store), *numbers)
@@ -48,19 +48,19 @@ register_rendezvous_handler('attempt', _rendezvous_of_this_attempt)
 
 
 def join_processes(args: Any) -> torch.device:
-    """Join the other processes, where there are any, and return this one's device."""
+    """Join the other processes of a distributed run, if it is one, and return the device of this process."""
     if restarts():
         args.dist_url = 'attempt://'
     return init_distributed_device(args)
 
 
 def uses_channels_last(args: Any) -> bool:
-    """Return the memory format to train in: on a CPU, a NetAug step is always faster in channels-last."""
+    """Return whether to train in channels-last. NetAug always does so on a CPU, where its steps are faster then."""
     return args.channels_last or (args.netaug and args.device.startswith('cpu'))
 
 
 def mixed_precision(args: Any, device: torch.device) -> Callable:
-    """Return the context of a forward pass."""
+    """Return a function that makes the context manager for a forward pass."""
     if not args.amp:
         return nullcontext
     return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))

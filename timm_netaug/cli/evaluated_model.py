@@ -18,12 +18,12 @@ _logger = logging.getLogger('validate')
 
 
 def _check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, run: RunDescription) -> None:
-    """Refuse flags that contradict a checkpoint of `train.py`, which knows all that there is to know of its model."""
+    """Refuse flags that contradict a checkpoint of `train.py`, which determines its model completely."""
     own = dict(model=run.architecture, pretrained=False, gp=run.model_args.get('global_pool'),
                num_classes=run.model_args['num_classes'], in_chans=run.model_args.get('in_chans'), model_kwargs={})
     for dest, value in own.items():
         if getattr(args, dest) not in (parser.get_default(dest), value):
-            raise UserError(f'--{dest.replace("_", "-")}: the checkpoint is of a model of its own,'
+            raise UserError(f'--{dest.replace("_", "-")}: the checkpoint determines its model, which is'
                             f' {run.architecture} with {run.model_args}. Leave the flag out.')
 
 
@@ -31,10 +31,10 @@ def load_evaluated_model(args: argparse.Namespace, parser: argparse.ArgumentPars
     """Build the model that `--model` or `--checkpoint` names.
 
     Raises:
-        UserError: There is none, or its weights are broken or of another model.
+        UserError: The model does not exist, or its weights are broken or belong to another model.
     """
     if not args.model and not args.checkpoint:
-        raise UserError('No model given: name it with --model (and --pretrained), or its file with --checkpoint.')
+        raise UserError('No model is given: name one with --model (and --pretrained), or its file with --checkpoint.')
     run = read_run(args.checkpoint) if args.checkpoint else None
     if run is not None:
         _check_flags(args, parser, run)
@@ -53,9 +53,9 @@ def load_evaluated_model(args: argparse.Namespace, parser: argparse.ArgumentPars
         **args.model_kwargs,
     )
     if run is not None and run.ema and not args.use_ema:
-        _logger.warning('The metrics of this run are those of the moving average of its weights: see --use-ema.')
+        _logger.warning('This run validated the moving average of its weights, which --use-ema evaluates.')
     if run is not None and args.test_pool and getattr(loaded.model, 'feature_info', None):
-        # What timm compares the input with; its own numbers are of the registered model.
+        # timm compares the input with these fields, which otherwise describe the registered model.
         stride = loaded.model.feature_info[-1]['reduction']
         channels, *size = run.data_config['input_size']
         loaded.model.pretrained_cfg.update(
@@ -64,10 +64,10 @@ def load_evaluated_model(args: argparse.Namespace, parser: argparse.ArgumentPars
 
 
 def pool_as_in_training(model: nn.Module, data_config: Dict[str, Any]) -> nn.Module:
-    """Apply `--test-pool`, which wants whole images: the input's config is changed.
+    """Apply `--test-pool`. It needs images that are not cropped, so `data_config` is changed.
 
     Raises:
-        UserError: The model is not made of features, one pooling and one classifier.
+        UserError: The model does not consist of features, one pooling and one classifier.
     """
     with rewording(f'--test-pool does not work with a {type(model).__name__}'):
         pooled, applied = apply_test_time_pool(model, data_config)

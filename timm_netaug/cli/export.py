@@ -1,4 +1,4 @@
-"""A checkpoint of `train.py` as a folder that timm takes: `python -m timm_netaug export CHECKPOINT OUT_DIR`."""
+"""Write a checkpoint as a folder that timm takes: `python -m timm_netaug export CHECKPOINT OUT_DIR`."""
 import argparse
 from typing import Optional, Sequence
 
@@ -18,9 +18,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         description="Write a checkpoint as a folder for timm.create_model('local-dir:OUT_DIR').")
     parser.add_argument('checkpoint', help='checkpoint of train.py, or file of weights')
     parser.add_argument('out_dir', help='folder for model.safetensors and config.json')
-    parser.add_argument('--model', metavar='NAME', help='architecture of a file that does not say it')
+    parser.add_argument('--model', metavar='NAME', help='architecture, for a file that does not contain it')
     parser.add_argument('--use-ema', action='store_true',
-                        help='export the moving average of the weights (default where the run validated it)')
+                        help='export the moving average of the weights (default if the run validated it)')
     args = parser.parse_args(argv)
     with exit_on_user_error('timm_netaug export'):
         detector, run = load_trained(args.checkpoint, args.use_ema or None)

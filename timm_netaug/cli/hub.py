@@ -1,4 +1,4 @@
-"""Models to and from the Hugging Face Hub.
+"""Push models to the Hugging Face Hub, and pull them.
 
     python -m timm_netaug hub push output/train/RUN/model_best.pth.tar OWNER/NAME --data-dir DATA
     python -m timm_netaug hub pull OWNER/NAME OUT_DIR
@@ -35,7 +35,7 @@ def _load(args: argparse.Namespace) -> LoadedModel:
 
 
 def _facts(args: argparse.Namespace, loaded: LoadedModel) -> Dict[str, Any]:
-    """Collect what is known of a model's training."""
+    """Collect the known facts about a model's training."""
     if loaded.folder is not None:
         facts = known_facts(json.loads((loaded.folder / CONFIG).read_text(encoding='utf-8')))
     elif loaded.run is not None:
@@ -91,6 +91,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     command.set_defaults(run=_push)
     command.add_argument('checkpoint', help='checkpoint of train.py, exported folder, .pth of the authors, or ARCH.TAG'
                                             ' of bundled weights')
+<<<<<<< HEAD
     command.add_argument('repo', metavar='OWNER/NAME', help='repository; it is created where there is none')
     command.add_argument('--private', action='store_true', help='create it as a private one')
     command.add_argument('--revision', metavar='R', help='branch to push to (main)')
@@ -103,15 +104,30 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     command.add_argument('--deployed', metavar='DIR', help='folder that `python -m timm_netaug deploy` wrote of the'
                          ' model: push its int8 file, and put what was measured on the card')
     command.add_argument('--license', metavar='ID', help='of the weights, as in apache-2.0')
+=======
+    command.add_argument('repo', metavar='OWNER/NAME', help='repository; it is created if it does not exist')
+    command.add_argument('--private', action='store_true', help='create the repository as a private one')
+    command.add_argument('--revision', metavar='R', help='branch to push to (default: main)')
+    command.add_argument('--dry-run', metavar='OUT_DIR', help='write the files to OUT_DIR, without network or push')
+    command.add_argument('--model', metavar='NAME', help='architecture, for a file that does not contain it')
+    command.add_argument('--use-ema', action='store_true',
+                         help='push the moving average of the weights (default if the run validated it)')
+    command.add_argument('--data-dir', metavar='DIR',
+                         help='evaluate on this data set, and push only if the accuracy equals the recorded one')
+    command.add_argument('--baseline', metavar='CHECKPOINT',
+                         help='checkpoint of the same training without NetAug; the card shows its accuracy')
+    command.add_argument('--baseline-about', metavar='TEXT', help='other differences of the baseline, for the card')
+    command.add_argument('--license', metavar='ID', help='license of the weights, for example apache-2.0')
+>>>>>>> a5eab406e3ad483c29a87cf1fc88148271037713
     command.add_argument('--dataset-name', dest='dataset', metavar='NAME', help='data set of the training')
-    command.add_argument('--dataset-terms', metavar='TEXT', help='its terms of use')
-    command = commands.add_parser('pull', help='fetch a model, check it, and write it as a folder')
+    command.add_argument('--dataset-terms', metavar='TEXT', help='terms of use of the data set')
+    command = commands.add_parser('pull', help='download a model, check it, and write it as a folder')
     command.set_defaults(run=_pull)
     command.add_argument('repo', metavar='OWNER/NAME', help='repository')
     command.add_argument('out_dir', help='folder for model.safetensors and config.json')
-    command.add_argument('--revision', metavar='R', help='branch, tag or commit (main)')
+    command.add_argument('--revision', metavar='R', help='branch, tag or commit (default: main)')
     command.add_argument('--allow-pickle', action='store_true',
-                         help='take weights that are there as a pickle only; no code in it is run')
+                         help='accept weights that exist only as a pickle; no code in it is run')
     args = parser.parse_args(argv)
     with exit_on_user_error('timm_netaug hub'):
         args.run(args)

@@ -1,4 +1,4 @@
-"""The loaders of training and validation, made by timm from the flags of `train.py`."""
+"""Build timm's loaders of training and validation from the flags of `train.py`."""
 import logging
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
@@ -20,20 +20,20 @@ _logger = logging.getLogger('train')
 
 @dataclass
 class Splits:
-    """The data sets of training and validation, and the names of their classes (None where they have none)."""
+    """The data sets of training and validation, and the names of their classes (None if they do not name them)."""
     train: Any
     validation: Any
     class_names: Optional[List[str]]
 
 
 def open_splits(args, channels: int) -> Splits:
-    """Open both splits, and set the number of classes where no flag does.
+    """Open both splits, and set the number of classes if no flag does.
 
     Args:
-        channels: Of the model's input.
+        channels: Number of channels of the model's input.
 
     Raises:
-        UserError: A split cannot be opened, or its classes are not those of the other one or of `--num-classes`.
+        UserError: A split cannot be opened, or its classes do not fit the other split or `--num-classes`.
     """
     source = data_source(args)
     common = dict(batch_size=args.batch_size, seed=args.seed, target=target_of(args))
@@ -51,11 +51,11 @@ def open_splits(args, channels: int) -> Splits:
     if names and validation_names and names != validation_names:
         odd = sorted(set(names) ^ set(validation_names))
         raise UserError(f'The two splits have different classes ({", ".join(odd[:5])}), so their labels would not'
-                        f' agree: mend the folders, or give the classes with --class-map.')
+                        f' agree: correct the folders, or give the classes with --class-map.')
     if names:
         _check_number_of_classes(args, names)
     elif args.num_classes is None and args.task == 'multilabel':
-        raise UserError('--task multilabel needs --num-classes, where the data set does not name its classes.')
+        raise UserError('--task multilabel needs --num-classes, because the data set does not name its classes.')
     encode_targets((train, validation), args.num_classes, target_of(args))
     return Splits(train, validation, names)
 
@@ -70,18 +70,18 @@ def _check_number_of_classes(args, names: List[str]) -> None:
         raise UserError(f'The data set has one class, {names[0]}, and a classifier needs at least two: put the images'
                         f' of each class into a folder of their own below {args.train_split}.')
     if len(names) > args.num_classes:
-        raise UserError(f'The data set has {len(names)} classes, the model {args.num_classes}:'
+        raise UserError(f'The data set has {len(names)} classes, but the model has {args.num_classes}:'
                         f' add --num-classes {len(names)}.')
     if len(names) < args.num_classes and is_primary(args):
-        _logger.warning(f'The model has {args.num_classes} classes, the data set {len(names)}:'
+        _logger.warning(f'The model has {args.num_classes} classes, but the data set has {len(names)}:'
                         f' --num-classes {len(names)} would make the model smaller.')
 
 
 def set_up_loaders(args, splits: Splits, data_config: Dict[str, Any], device: torch.device, dtype) -> Tuple[Any, ...]:
-    """Build the loaders of training and validation; returns them with the mixup function (or None)."""
+    """Build the loaders of training and validation. Return both, and the mixup function (or None)."""
     dataset_train, dataset_eval = splits.train, splits.validation
     if args.aa:
-        with rewording(f'--aa {args.aa} is no policy of timm, as rand-m9-mstd0.5, augmix-m3 or v0 are'):
+        with rewording(f'--aa {args.aa} is not a policy of timm, such as rand-m9-mstd0.5, augmix-m3 or v0'):
             create_transform(data_config['input_size'], is_training=True, auto_augment=args.aa)
 
     collate_fn = mixup_fn = None
@@ -125,7 +125,7 @@ def set_up_loaders(args, splits: Splits, data_config: Dict[str, Any], device: to
         pin_memory=args.pin_mem,
         device=device,
         img_dtype=dtype,
-        # Workers that live on would draw on where the last epoch ended, which a resumed run cannot know.
+        # Persistent workers would continue with the random state of the last epoch, which a resumed run does not know.
         persistent_workers=False,
     )
     with rewording('The loaders cannot be built', AssertionError, ValueError, TypeError):
@@ -168,5 +168,6 @@ def set_up_loaders(args, splits: Splits, data_config: Dict[str, Any], device: to
         )
     check_channels(dataset_eval, data_config['input_size'][0])
     if not len(loader_train):
-        raise UserError(f'The train split has fewer images than a batch ({args.batch_size}): use a smaller -b.')
+        raise UserError(f'The train split has fewer images than a batch ({args.batch_size}): use a smaller'
+                        f' --batch-size.')
     return loader_train, loader_eval, mixup_fn

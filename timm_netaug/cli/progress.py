@@ -1,4 +1,4 @@
-"""What `train.py` shows while it trains: a bar in a terminal, log lines elsewhere."""
+"""The progress that `train.py` shows: a bar in a terminal, log lines elsewhere."""
 import logging
 import time
 from typing import Any, Iterator, Tuple
@@ -8,7 +8,7 @@ from ..evaluate import progress_bar
 __all__ = ['Progress']
 
 _logger = logging.getLogger('train')
-_REFRESH = 0.5  # seconds between two readings of the loss, for which a GPU has to wait
+_REFRESH = 0.5  # seconds between two updates; each one reads the loss, for which the CPU waits for the GPU
 
 
 def _duration(seconds: float) -> str:
@@ -17,12 +17,12 @@ def _duration(seconds: float) -> str:
 
 
 class Progress:
-    """The progress of a run, and the time that it will still take.
+    """The progress of a run, and the time that is left.
 
     Args:
         start_epoch: First epoch of this process.
-        end_epoch: Epoch that is not trained any more.
-        log_interval: Batches between two log lines, where there is no terminal.
+        end_epoch: Epoch after the last one.
+        log_interval: Number of batches between two log lines, if there is no terminal.
         primary: Whether this process shows anything.
     """
 
@@ -34,7 +34,7 @@ class Progress:
         self.start = time.time()
 
     def title(self, epoch: int) -> str:
-        """Return the name of an epoch, which files count from 0 and people from 1."""
+        """Return the title of an epoch. Files count epochs from 0, people count them from 1."""
         return f'Epoch {epoch} ({epoch + 1} of {self.end_epoch})'
 
     def batches(self, epoch: int, loader: Any) -> Iterator[Tuple[int, Any]]:
@@ -51,12 +51,12 @@ class Progress:
         return _duration((time.time() - self.start) / done * left)
 
     def update(self, batch: int, images: int, loss: Any, lr: float, last: bool) -> None:
-        """Show the state after a batch, where it is time to.
+        """Show the state after a batch, unless it was shown a moment ago.
 
         Args:
-            batch: Its number in the epoch.
-            images: Its images, of all processes.
-            loss: A tensor or number; a tensor is read only where it is shown.
+            batch: Number of the batch in the epoch.
+            images: Number of images in the batch, of all processes.
+            loss: A tensor or number. A tensor is read only if it is shown.
             last: Whether this is the epoch's last batch.
         """
         self.images += images

@@ -1,4 +1,4 @@
-"""What `validate.py` evaluates in bulk, and the files of its results."""
+"""List what `validate.py` evaluates in bulk, and write its results to files."""
 import csv
 import json
 import os
@@ -13,35 +13,35 @@ from ..io.atomic import atomic_write
 __all__ = ['bulk_entries', 'sort_results', 'write_results']
 
 _SUFFIXES = ('.pth.tar', '.pth', '.pt', '.bin', '.safetensors')
-_UNFINISHED = ('tmp.pth.tar', 'recovery_tmp.pth.tar')  # what a kill leaves of timm's saver
+_UNFINISHED = ('tmp.pth.tar', 'recovery_tmp.pth.tar')  # temporary files that a killed run leaves
 _PRINTED_ONLY = ('loss', 'images')  # timm's files of results have no such columns
 
 
 def bulk_entries(model: str, checkpoint: str, num_classes: int = 1000) -> Optional[List[Tuple[str, str]]]:
-    """List the models and checkpoints that `--model` and `--checkpoint` stand for, None where it is a single model.
+    """List the (model, checkpoint) pairs that `--model` and `--checkpoint` stand for. Return None for a single model.
 
     Args:
-        model: Name, wildcard, text file of names, or 'all': those with pretrained weights.
+        model: Name, wildcard, text file of names, or 'all' for all models with pretrained weights.
         checkpoint: File or folder.
-        num_classes: What 'all' must be trained for (many pretrained weights are of no classifier, or another).
+        num_classes: Number of classes of the models that 'all' includes (many pretrained weights have no classifier).
 
     Raises:
-        UserError: It stands for nothing.
+        UserError: No model or checkpoint matches.
     """
     names = None
     if model == 'all':
         names = [n for n in list_models(pretrained=True) if get_pretrained_cfg(n).num_classes == num_classes]
     elif ':' not in model and any(c in model for c in '*?['):
-        # Without pretrained weights it is better to say so, name by name, than to find nothing.
+        # If no match has pretrained weights, the evaluation reports that for each name, which says more than no match.
         names = list_models(model, pretrained=True) or list_models(model)
     elif os.path.isfile(model) and not is_model(model):
         try:
             with open(model, encoding='utf-8') as f:
                 names = [line.strip() for line in f if line.strip()]
         except UnicodeDecodeError as e:
-            raise UserError(f'--model {model} is no text file of names; a checkpoint goes to --checkpoint.') from e
+            raise UserError(f'--model {model} is not a text file of names: pass a checkpoint with --checkpoint.') from e
     if names is not None and checkpoint:
-        raise UserError(f'--checkpoint {checkpoint} needs one --model, {model} stands for {len(names)}.')
+        raise UserError(f'--checkpoint {checkpoint} needs a single model, but --model {model} stands for {len(names)}.')
     if names is not None and not names:
         raise UserError(f'--model {model}: there is no such model.')
     if names:
@@ -56,15 +56,15 @@ def bulk_entries(model: str, checkpoint: str, num_classes: int = 1000) -> Option
 
 
 def sort_results(results: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """Order the results of a bulk run as timm does, the best first; what failed comes last."""
+    """Order the results of a bulk run as timm does: the best comes first, and failed models come last."""
     return sorted(results, key=lambda row: row.get('top1', row.get('map', -1.0)), reverse=True)
 
 
 def write_results(path: str, results: Any, format: str) -> None:
-    """Write results in timm's format, complete at every moment.
+    """Write results in timm's format, by an atomic write.
 
     Args:
-        results: The row of a single model, or a bulk run's list of them.
+        results: The row of a single model, or the list of rows of a bulk run.
         format: 'csv' or 'json'.
     """
     all_rows = results if isinstance(results, list) else [results]

@@ -1,4 +1,4 @@
-"""A run's folder: its provenance, its checkpoints, and whether another run may go on with it."""
+"""The folder of a run: its provenance, its checkpoints, and the checks before a run is resumed from it."""
 import json
 import logging
 import os
@@ -33,12 +33,12 @@ __all__ = ['check_resume', 'find_restart', 'set_up_saver', 'versions', 'GROUP_FI
 
 _logger = logging.getLogger('train')
 
-# Fields of an optimizer's groups that flags set; others may be counters.
+# Fields of an optimizer's parameter groups that flags set. Other fields may be counters.
 GROUP_FIELDS_SET_BY_FLAGS = ('lr', 'weight_decay', 'momentum', 'betas', 'eps', 'lr_scale')
 
 
 def versions() -> Dict[str, str]:
-    """Return the versions of what decides on a run's last bits."""
+    """Return the versions of the libraries that affect the last bits of a run's results."""
     return dict(
         python=platform.python_version(),
         torch=str(torch.__version__),
@@ -55,19 +55,19 @@ def _run_folder(args) -> str:
 
 
 def find_restart(args) -> None:
-    """Find the checkpoint that is resumed, where the run itself tells it: with `--resume auto`, and in processes that
-    torchrun has started again.
+    """Set `args.resume` to the last checkpoint in the run's folder, with `--resume auto` and in processes that torchrun
+    has restarted.
 
     Raises:
-        UserError: Processes that torchrun starts again could not find it.
+        UserError: Processes that torchrun restarts could not find the checkpoint.
     """
     allowed = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
     if allowed and int(os.environ.get('GROUP_WORLD_SIZE', 1)) > 1:
-        raise UserError('torchrun --max-restarts works on one machine: several would not agree on where to go on.'
-                        ' Leave it out, and go on by --resume.')
+        raise UserError('torchrun --max-restarts works on one machine only: several machines would not agree on the'
+                        ' checkpoint to continue from. Leave it out, and continue with --resume.')
     if allowed and not args.experiment:
-        raise UserError('torchrun --max-restarts needs --experiment: the name of the folder in which processes that'
-                        ' are started anew find the last checkpoint.')
+        raise UserError('torchrun --max-restarts needs --experiment: restarted processes look for the last checkpoint'
+                        ' in the folder with this name.')
     last = os.path.join(_run_folder(args), 'last.pth.tar')
     if restarts() and os.path.exists(last):
         args.resume, args.no_resume_opt = last, False
@@ -77,20 +77,20 @@ def find_restart(args) -> None:
 
 
 def check_resume(args, parser, run: RunDescription) -> List[Optional[float]]:
-    """Refuse a checkpoint of another model or training, naming what differs, and warn of other flags.
+    """Refuse a checkpoint of another model or training, and name what differs. Warn of flags that have changed.
 
     Returns:
-        The metric after every epoch so far, which schedules that follow it are stepped with.
+        The metric after every epoch so far, for schedules that follow the metric.
     """
     checkpoint = read_checkpoint(args.resume)
     saved, there = checkpoint.get('args'), RunDescription.from_checkpoint(checkpoint)
     if there is None:
-        raise UserError(f"--resume: {args.resume} is not a checkpoint of this train.py (of timm's own script, perhaps):"
+        raise UserError(f'--resume: {args.resume} is not a checkpoint of this train.py (but perhaps of that of timm):'
                         f' start from its weights with --initial-checkpoint instead.')
     if 'optimizer' not in checkpoint:
         last = os.path.join(os.path.dirname(args.resume), 'last.pth.tar')
-        raise UserError(f'--resume: {args.resume} holds the weights of the model alone: continue its run with {last},'
-                        f' or start a new one from the weights with --initial-checkpoint.')
+        raise UserError(f'--resume: {args.resume} holds only the weights of the model: continue its run with {last},'
+                        f' or start a new run from the weights with --initial-checkpoint.')
     old, new = ({'architecture': r.architecture, **r.model_args, 'classes': r.class_names} for r in (there, run))
     changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
     if changed:
@@ -99,22 +99,22 @@ def check_resume(args, parser, run: RunDescription) -> List[Optional[float]]:
     if bool(there.netaug) != bool(run.netaug):
         raise UserError(f'--resume: {args.resume} was trained with{"" if there.netaug else "out"} --netaug.')
     if saved.opt != args.opt and not args.no_resume_opt:
-        raise UserError(f'--resume: {args.resume} was trained with --opt {saved.opt}: take the same, or start the'
-                        f' optimizer anew with --no-resume-opt.')
+        raise UserError(f'--resume: {args.resume} was trained with --opt {saved.opt}: use the same optimizer, or start'
+                        f' with a new one and --no-resume-opt.')
     then, now = there.versions, run.versions
     changed = [f'{k} {then[k]}, not {now.get(k)}' for k in then if then[k] != now.get(k)]
     if is_primary(args) and changed:
-        _logger.warning(f'The checkpoint was written with {", ".join(changed)}: the last bits may differ.')
+        _logger.warning(f'The checkpoint was written with {", ".join(changed)}: results may differ in the last bits.')
     changed = [a.dest for a in parser._actions if a.dest not in (*FREE_FLAGS, 'help', 'num_classes')
                and getattr(saved, a.dest, None) != getattr(args, a.dest)]
     if is_primary(args) and changed:
-        _logger.warning('Not the training that the checkpoint is of: ' + ', '.join(
+        _logger.warning('This is not the same training as that of the checkpoint: ' + ', '.join(
             f'{k} was {getattr(saved, k, None)!r}, is {getattr(args, k)!r}' for k in changed) + '.')
     return there.metrics
 
 
 def set_up_saver(args, parser, task: TrainingTask, optimizer, loss_scaler, start_epoch: int) -> AtomicSaver:
-    """Set up all that the first process writes: the run's folder, its provenance, and the checkpoints."""
+    """Set up everything that the first process writes: the run's folder, its provenance, and the checkpoints."""
     size = args.run['data_config']['input_size'][-1]
     name = args.experiment or '-'.join(
         [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(size)])
@@ -144,20 +144,20 @@ def set_up_saver(args, parser, task: TrainingTask, optimizer, loss_scaler, start
 
 
 def _set_up_folder(args, name: str, start_epoch: int) -> Tuple[str, bool]:
-    """Make the folder of a run, and keep the epochs before the one that it goes on with.
+    """Make the folder of a run. If a run is resumed in its folder, cut its summary before the epoch that comes next.
 
     Returns:
-        The folder, and whether it is the one of the checkpoint that is resumed.
+        The folder, and whether the resumed checkpoint lies in it.
 
     Raises:
-        UserError: The run would write over another one, or over a later part of itself.
+        UserError: The run would overwrite another run, or later epochs of itself.
     """
     folder = get_outdir(args.output or os.path.join('output', 'train'), name)
     summary, last = os.path.join(folder, 'summary.csv'), os.path.join(folder, 'last.pth.tar')
     if args.resume and os.path.samefile(os.path.dirname(os.path.abspath(args.resume)), folder):
         if os.path.exists(last) and read_checkpoint(last)['epoch'] >= start_epoch:
-            raise UserError(f'{folder} holds later epochs than {args.resume}: go on with {last}, or choose another'
-                            f' --experiment to train them anew.')
+            raise UserError(f'{folder} holds later epochs than {args.resume}: continue with {last}, or choose another'
+                            f' --experiment to train these epochs again.')
         if os.path.exists(summary):
             with atomic_write(summary, 'wb') as f:
                 f.write(Path(summary).read_bytes())
@@ -165,21 +165,21 @@ def _set_up_folder(args, name: str, start_epoch: int) -> Tuple[str, bool]:
                 trim_summary(f.name, start_epoch)
         return folder, True
     if os.path.exists(last):
-        raise UserError(f'{folder} holds a run already: go on with it by --resume {last}, or choose another'
+        raise UserError(f'{folder} holds a run already: continue it with --resume {last}, or choose another'
                         f' --experiment.')
     if os.path.exists(summary):
         if len(Path(summary).read_text().splitlines()) > 2:
             raise UserError(f'{folder} holds the results of a run: choose another --experiment.')
-        os.remove(summary)  # of a run that was killed before its first checkpoint
+        os.remove(summary)  # left by a run that was killed before its first checkpoint
     if args.resume:
-        _logger.warning(f'{folder} is not the folder of {args.resume}: best metric and summary begin anew.')
+        _logger.warning(f'{folder} is not the folder of {args.resume}: best metric and summary start anew.')
     return folder, False
 
 
 def _write_provenance(args, parser, output_dir: str) -> None:
     """Write the resolved flags (as a config for -c) and the versions beside the results."""
     left_out = ['help', 'config', 'data', 'local_rank', 'resume', 'no_resume_opt']
-    if not args.device_given:  # what stood in for it here need not be right elsewhere
+    if not args.device_given:  # the chosen device depends on the machine
         left_out.append('device')
     flags = {a.dest: getattr(args, a.dest) for a in parser._actions if a.dest not in left_out}
     flags = {k: v for k, v in flags.items() if v not in (None, [])}
@@ -187,7 +187,7 @@ def _write_provenance(args, parser, output_dir: str) -> None:
         yaml.safe_dump(flags, f, sort_keys=True)
     revision = None
     checkout = Path(timm_netaug.__file__).parents[1]
-    if (checkout / '.git').exists():  # not that of a project around an environment
+    if (checkout / '.git').exists():  # git would also find the repository of a project that contains the environment
         try:
             git = ['git', 'describe', '--always', '--dirty']
             revision = subprocess.run(git, cwd=checkout, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Stopping between two batches when the system or the user asks for it."""
+"""Stop a run between two batches when the system or the user asks for it."""
 import os
 import signal
 from typing import Any, Optional
@@ -9,14 +9,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """A signal has asked for the end of the run."""
+    """Raised after a signal to end the run."""
 
 
 class StopSignals:
-    """Note SIGINT and SIGTERM within the block, for `check` to raise; a second one ends the process at once.
+    """Record SIGINT and SIGTERM within the block, so that `check` can raise. A second signal ends the process at once.
 
     Attributes:
-        number: Of the signal that has come, None before.
+        number: Number of the received signal, None if there was none.
     """
     number: Optional[int] = None
 
@@ -30,14 +30,14 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if os.getpid() != self._process:  # a process of the loader, which inherits this: the main one ends it
+        if os.getpid() != self._process:  # worker processes inherit this handler; the main process ends them
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
         self.number = number
         for other in _SIGNALS:
             signal.signal(other, signal.SIG_DFL)
-        # Where the loader's processes got the signal too, PyTorch would raise in the middle of anything.
+        # If the worker processes got the signal, too, PyTorch's handler would raise an error at an arbitrary place.
         if hasattr(signal, 'SIGCHLD'):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 

@@ -1,4 +1,4 @@
-"""The look of all pictures: one colour for each method, sizes of text, and labels beside what they name.
+"""The look of all pictures: one colour for each method, text sizes, and labels beside the lines that they name.
 
 `curves.py`, `experiments/report.py`, `benchmarks/step.py` and `docs/idea.py` draw with it.
 """
@@ -16,13 +16,13 @@ from matplotlib.transforms import Bbox
 __all__ = ['AUGMENTED', 'BLACK', 'GREY', 'Label', 'METHODS', 'Method', 'PURPLE', 'SKY_BLUE', 'TINY', 'add_labels',
            'augments_widths', 'method_name', 'method_of', 'new_figure', 'style', 'text_colour']
 
-# The palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), told apart by colour-blind readers too, and a grey.
+# The palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), which colour-blind readers can see, and a grey.
 BLACK, ORANGE, SKY_BLUE, GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'
 BLUE, VERMILION, PURPLE, GREY = '#0072B2', '#D55E00', '#CC79A7', '#8C8C8C'
 
 
 class Method(NamedTuple):
-    """A way of training, as pictures name it."""
+    """A method of training, with its name and colour in pictures."""
     name: str
     colour: str
 
@@ -115,7 +115,7 @@ def method_name(flags: Dict[str, Any]) -> str:
 
 
 def text_colour(colour: str) -> str:
-    """Return the shade of a colour of this module that text is written in."""
+    """Return the shade of a colour of this module for text."""
     return _TEXT.get(colour, colour)
 
 
@@ -131,8 +131,8 @@ def add_labels(axes: Axes, labels: Sequence[Label], fontsize: float = 10) -> Lis
     """Write labels beside their points, without overlap, and widen the x-axis where that needs room.
 
     Call it last: a later change of the limits or of the layout moves points away from their labels. A label goes to
-    the right of its point where that is free, else above, below or to the left. A thin line leads to a label that had
-    to move far.
+    the right of its point if there is room, otherwise above, below or to the left. A thin line connects a label that
+    had to move far with its point.
     """
     if not labels:
         return []
@@ -152,7 +152,7 @@ def add_labels(axes: Axes, labels: Sequence[Label], fontsize: float = 10) -> Lis
     obstacles = _drawn(axes)
     trials = [_place(order, at, sizes, obstacles, frame, gap) for order in (down, down[::-1])]
     _, boxes = min(trials, key=lambda trial: trial[0])
-    points = 72 / figure.dpi  # in a pixel: offsets in points hold for every resolution that the picture is saved at
+    points = 72 / figure.dpi  # points per pixel; offsets in points are valid at every resolution of the saved picture
     for label, text, point, box in zip(labels, texts, at, boxes):
         text.xyann = (box.x0 - point[0]) * points, ((box.y0 + box.y1) / 2 - point[1]) * points
         away = np.clip(point, box.min, box.max) - point
@@ -205,7 +205,7 @@ def _place(
         frame: Bbox,
         gap: float,
 ) -> Tuple[float, List[Bbox]]:
-    """Place one label after the other where that costs least; returns the cost of all, and the place of each."""
+    """Place one label after the other at the lowest cost. Return the total cost, and the place of each label."""
     total, placed = 0.0, {}
     for i in order:
         others = [(points[j], box) for j, box in placed.items()]
@@ -224,10 +224,10 @@ def _cost(
         frame: Bbox,
         gap: float,
 ) -> float:
-    """Return how bad a place for a label is, in pixels of distance that it weighs as much as.
+    """Return the cost of a place for a label. One pixel of distance from the point costs 1.
 
-    From worst to least: on another label, above one whose point is higher (or below a lower one's), outside the panel,
-    on lines, far from the point, to its left.
+    These places are bad, the worst first: on another label, above a label whose point is higher (or below one whose
+    point is lower), outside the panel, on lines, far from the point, to the left of the point.
     """
     on_others = sum(box.overlaps(other) for _, other in placed)
     out_of_order = sum(

@@ -1,4 +1,4 @@
-"""Facts of a run for the model card: its command line, as a checkpoint of `train.py` has it, and what it reached."""
+"""Facts about a run for the model card, from a checkpoint of `train.py`: its command line and its metrics."""
 import argparse
 import math
 from typing import Any, Dict, List, Mapping, Optional
@@ -14,8 +14,8 @@ from .train_flags import FREE_FLAGS, train_parser
 
 __all__ = ['baseline_metrics', 'detection_record', 'training_record']
 
-_PATHS = ('pretrained_path', 'initial_checkpoint', 'class_map')  # where they lie is of no use to others
-# What the evaluation needs, too.
+_PATHS = ('pretrained_path', 'initial_checkpoint', 'class_map')  # only the names of the files are of use to others
+# Flags that the evaluation needs, too.
 _DATASET = ('dataset', 'input_img_mode', 'input_key', 'target_key', 'task', 'target_format')
 
 
@@ -24,7 +24,7 @@ def _flags(
         only: Optional[tuple] = None,
         parser: Optional[argparse.ArgumentParser] = None,
 ) -> List[str]:
-    """Return the command line of what differs from the defaults of `train.py`, or of another parser."""
+    """Return the command line with all flags that differ from the defaults of `train.py`, or of another parser."""
     parser, argv = parser or train_parser(), []
     for action in parser._actions:
         value = getattr(args, action.dest, action.default)
@@ -54,12 +54,12 @@ def _without_netaug(command: List[str]) -> List[str]:
 
 
 def training_record(checkpoint: Mapping[str, Any], use_ema: Optional[bool] = None) -> Dict[str, Any]:
-    """Collect, as plain data, what a checkpoint of `train.py` says of its training.
+    """Collect the facts about a training from a checkpoint of `train.py`, as plain data.
 
     Args:
-        use_ema: Whether the weights are the moving average; None: those that the run validated.
+        use_ema: Whether the weights are the moving average. None: they are the weights that the run validated.
     """
-    args = train_parser().parse_args([])  # flags that an earlier version did not have yet
+    args = train_parser().parse_args([])  # defaults for flags that an earlier version did not have
     vars(args).update(vars(checkpoint['args']))
     facts = dict(
         command=_flags(args),
@@ -92,10 +92,10 @@ def detection_record(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def baseline_metrics(path: str, facts: Mapping[str, Any]) -> Dict[str, float]:
-    """Return what a checkpoint of the same training without NetAug has reached.
+    """Return the metrics of a checkpoint of the same training without NetAug.
 
     Raises:
-        UserError: It is of another training, or its metric is not on record.
+        UserError: The checkpoint is from another training, or has no metric on record.
     """
     checkpoint = read_checkpoint(path)
     if RunDescription.from_checkpoint(checkpoint) is None:

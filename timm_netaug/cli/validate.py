@@ -32,7 +32,7 @@ _logger = logging.getLogger('validate')
 
 
 class _FixedBatch(nn.Module):
-    """Fills the last batch up for a model that is compiled for the first one's size, without a check of its input."""
+    """Pads the last batch for a model that is compiled for the size of the first batch and does not check its input."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -48,16 +48,16 @@ def compile_model(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     """Apply `--torchscript`, `--torchcompile`, `--aot-autograd` and `--num-gpu`.
 
     Raises:
-        UserError: The model, or what it is compiled with, is not fit for it.
+        UserError: The model cannot be compiled, or the compiler is missing.
     """
     with rewording('The model cannot be compiled', ImportError, RuntimeError):
         if args.torchscript:
             model = torch.jit.script(model)
         elif args.torchcompile:
-            torch._dynamo.reset()  # in bulk, the models before would count against its limit
+            torch._dynamo.reset()  # in bulk, the earlier models would count against the limit of recompilations
             model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
         elif args.aot_autograd:
-            from functorch.compile import memory_efficient_fusion  # imports much that nothing else needs
+            from functorch.compile import memory_efficient_fusion  # a large import, needed here only
             model = _FixedBatch(memory_efficient_fusion(model))
     return nn.DataParallel(model, device_ids=list(range(args.num_gpu))) if args.num_gpu > 1 else model
 
@@ -66,13 +66,13 @@ def validate_one(args: argparse.Namespace, parser: argparse.ArgumentParser, retr
     """Evaluate one model or checkpoint.
 
     Args:
-        retry: Use smaller batches where memory is short.
+        retry: Try again with smaller batches if there is too little memory.
 
     Returns:
         The row of results: timm's columns, the loss and the number of images.
 
     Raises:
-        UserError: It cannot be done as it stands; the message says what to change.
+        UserError: The evaluation is not possible. The message says what to change.
     """
     random_seed(args.seed, 0)
     with set_scriptable(args.torchscript):
@@ -119,7 +119,7 @@ def validate_one(args: argparse.Namespace, parser: argparse.ArgumentParser, retr
             raise
         raise UserError(f'The compiled model does not run: {first_line(e)}.') from e
     loss, images = measured.pop('loss'), measured.pop('images')
-    accuracies = {}  # of one class per image: timm's columns
+    accuracies = {}  # for one class per image, in timm's columns
     for name in ('top1', 'top5'):
         if name in measured:
             accuracies[name] = round(measured[name], 4)
@@ -133,7 +133,7 @@ def validate_one(args: argparse.Namespace, parser: argparse.ArgumentParser, retr
         crop_pct=data_config['crop_pct'],
         interpolation=data_config['interpolation'],
         **(dict(checkpoint=args.checkpoint) if args.checkpoint else {}),
-        loss=round(loss, 5) if math.isfinite(loss) else None,  # JSON has no such numbers
+        loss=round(loss, 5) if math.isfinite(loss) else None,  # JSON has no NaN and no infinity
         images=images,
     )
 
@@ -143,10 +143,10 @@ def validate_bulk(
         parser: argparse.ArgumentParser,
         entries: List[Tuple[str, str]],
 ) -> List[Dict[str, Any]]:
-    """Evaluate models and checkpoints one after the other, as far as an interruption lets it.
+    """Evaluate models and checkpoints one after the other. An interruption ends the list early.
 
     Returns:
-        Their rows, the best first; those of failed ones say why.
+        One row for each, the best first. The row of a failed model contains the error.
     """
     results = []
     for i, (model, checkpoint) in enumerate(entries):
@@ -158,7 +158,7 @@ def validate_bulk(
         except KeyboardInterrupt:
             _logger.warning(f'Interrupted at {name}.')
             break
-        except Exception as e:  # whatever it is, it must not cost the results of the others
+        except Exception as e:  # an error of one model must not cost the results of the others
             row = dict(model=model or name, **(dict(checkpoint=checkpoint) if checkpoint else {}),
                        error=' '.join(str(e).split())[:300] or type(e).__name__)
             _logger.error(f'{name}: {row["error"]}')
@@ -169,10 +169,10 @@ def validate_bulk(
 
 
 def set_up_device(args: argparse.Namespace) -> None:
-    """Choose the device, and what holds for all models on it.
+    """Choose the device, and apply the settings for all models.
 
     Raises:
-        UserError: PyTorch does not find such a device, or not so many of them.
+        UserError: The device does not exist, or there are fewer devices than the flags ask for.
     """
     choose_device(args, _logger)
     with rewording(f'--device {args.device}', RuntimeError):
@@ -187,14 +187,14 @@ def set_up_device(args: argparse.Namespace) -> None:
 
 
 def validate() -> None:
-    """Evaluate as the command line says.
+    """Evaluate what the command line names.
 
     Raises:
-        UserError: It cannot be done as it stands; the message says what to change.
+        UserError: The evaluation is not possible. The message says what to change.
     """
     set_up_logging()
     parser = validate_parser()
-    parser.set_defaults(model='')  # a checkpoint of another origin needs a name that was given
+    parser.set_defaults(model='')  # no default, because a checkpoint of another program needs the right name
     args = parse_args(parser, sys.argv[1:])
     check_validate_args(args)
     set_up_device(args)
@@ -205,7 +205,7 @@ def validate() -> None:
             write_results(args.results_file, results, args.results_format)
     else:
         results = validate_bulk(args, parser, entries)
-    print(f'--result\n{json.dumps(results, indent=2)}')  # the mark that timm's script has before it
+    print(f'--result\n{json.dumps(results, indent=2)}')  # timm's script prints the same line before its JSON
     if entries is not None and len(results) < len(entries):
         raise UserError(f'Interrupted after {len(results)} of {len(entries)} models.')
     failed = [row for row in results if 'error' in row] if entries is not None else []

@@ -1,1 +1,1 @@
-"""Files: checkpoints, exported folders, data sets, and the context manager that every file is written through."""
+"""Files: checkpoints, exported folders, data sets, and atomic writing."""

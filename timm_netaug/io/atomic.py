@@ -1,4 +1,4 @@
-"""Files that are complete at every moment."""
+"""Atomic writes: a file is complete at every moment."""
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ def flush(path: str) -> None:
 
 @contextmanager
 def atomic_write(path: Union[str, Path], mode: str = 'w') -> Iterator[IO]:
-    """Open a file beside `path` that takes its place when the block ends; after an error, `path` is as it was.
+    """Open a temporary file that replaces `path` at the end of the block. After an error, `path` is unchanged.
 
     Args:
         mode: 'w' for text, 'wb' for bytes.

@@ -1,4 +1,4 @@
-"""Checkpoints and files of weights, read without running anything in them."""
+"""Read checkpoints and files of weights, without running code in them."""
 import os
 from typing import Any, Dict, List, Mapping, Optional
 
@@ -14,10 +14,10 @@ __all__ = ['read_checkpoint', 'read_weights', 'check_finite', 'load_weights', 'c
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:
-    """Read a checkpoint's contents; tensors are mapped from the file, no code in it is run.
+    """Read the contents of a checkpoint. Tensors are memory-mapped, and no code in the file is run.
 
     Raises:
-        UserError: There is no such file, or it is no checkpoint.
+        UserError: The file does not exist, or is not a checkpoint.
     """
     if not os.path.isfile(path):
         raise UserError(f'There is no checkpoint {path}.')
@@ -34,10 +34,10 @@ def read_weights(path: str, use_ema: bool = False) -> Dict[str, Any]:
     """Read the state dict of a file in any of the formats that timm reads.
 
     Args:
-        use_ema: Take the moving average of the weights.
+        use_ema: Read the moving average of the weights.
 
     Raises:
-        UserError: There is no such file, it holds no weights, or no moving average.
+        UserError: The file does not exist, or does not hold such weights.
     """
     if not os.path.isfile(path):
         raise UserError(f'There is no checkpoint {path}.')
@@ -45,14 +45,14 @@ def read_weights(path: str, use_ema: bool = False) -> Dict[str, Any]:
         state_dict = load_state_dict(path, use_ema=use_ema)
     if not any(isinstance(t, torch.Tensor) for t in state_dict.values()):
         raise UserError(f'{path} holds no weights, it is not a checkpoint.')
-    # timm takes the plain weights where there are no others.
+    # Without a moving average, timm would return the plain weights.
     if use_ema and (path.endswith('.safetensors') or not {'state_dict_ema', 'model_ema'} & set(read_checkpoint(path))):
         raise UserError(f'{path} has no moving average of the weights: leave --use-ema out.')
     return state_dict
 
 
 def check_finite(state_dict: Mapping[str, Any], source: str) -> None:
-    """Refuse weights of a training that broke down.
+    """Refuse weights of a training that has diverged.
 
     Args:
         source: Name of the weights in the message.
@@ -62,19 +62,20 @@ def check_finite(state_dict: Mapping[str, Any], source: str) -> None:
     """
     for name, t in state_dict.items():
         if isinstance(t, torch.Tensor) and t.is_floating_point() and not t.isfinite().all():
-            raise UserError(f'{source} is broken, {name} has NaN or infinite values: take an earlier checkpoint.')
+            raise UserError(f'{source} is broken, {name} has NaN or infinite values: use an earlier checkpoint.')
 
 
 def _misfit(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
-    """Tell why weights do not fit a model, and what would."""
+    """Return why weights do not fit a model, and what to do."""
     here = {k: tuple(t.shape) for k, t in model.state_dict().items()}
     there = {k: tuple(t.shape) for k, t in state_dict.items() if isinstance(t, torch.Tensor)}
     missing = [n for n in here if n not in there and not n.endswith('num_batches_tracked')]
     unknown = [n for n in there if n not in here]
-    other = 'it is of another architecture, whose name is needed (--model)'
+    other = 'the file is of another architecture: name it with --model'
     if missing or unknown:
-        return (f'{len(missing)} of its tensors are not in the file ({", ".join(missing[:2]) or "none"}),'
-                f' {len(unknown)} in the file are not of it ({", ".join(unknown[:2]) or "none"}); {other}')
+        return (f'{len(missing)} tensors of the model are not in the file ({", ".join(missing[:2]) or "none"}),'
+                f' {len(unknown)} tensors of the file are not in the model ({", ".join(unknown[:2]) or "none"});'
+                f' {other}')
     unlike = [n for n in here if n in there and here[n] != there[n]]
     if not unlike:
         return other
@@ -83,23 +84,24 @@ def _misfit(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
     for part, flag in (('classifier', '--num-classes'), ('first_conv', '--in-chans')):
         layers: List[str] = [cfg[part]] if isinstance(cfg.get(part), str) else list(cfg.get(part) or ())
         if all(n.rpartition('.')[0] in layers for n in unlike):
-            return f'{shapes}: give the number that the file is of with {flag}'
+            return f'{shapes}: set {flag} to the number in the file'
     if all(len(here[n]) == len(there[n]) and all(a <= b for a, b in zip(here[n], there[n])) for n in unlike):
         return (f'the weights are wider ({shapes}), as those of a super-network are: `python -m timm_netaug export`'
-                f' cuts the tiny model out of a checkpoint of train.py; else {other}')
+                f' cuts the tiny model out of a checkpoint of train.py; otherwise {other}')
     return f'{shapes}; {other}'
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
-    """Load weights that must be all of the model's, no others, and finite; note the normalisation of their input in
-    the model's config where the file is of a kind that settles it.
+    """Load weights into a model. They must be finite, and must be exactly the model's tensors.
+
+    If the kind of file determines the normalisation of the input, it is noted in the model's config.
 
     Args:
         state_dict: Weights in timm's names, or in those of the reference implementation.
         source: Name of the weights in messages.
 
     Raises:
-        UserError: They are broken, or of another model; the message says of what kind.
+        UserError: The weights are broken, or belong to another model. The message says how they differ.
     """
     own_input = input_config(state_dict)
     with rewording(source, ValueError):
@@ -115,7 +117,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str) -
 
 
 def count_classes(state_dict: Mapping[str, Any], model_name: str) -> Optional[int]:
-    """Tell how many classes weights are for, None where they have no classifier that is known.
+    """Return the number of classes of a state dict, None if its classifier is unknown.
 
     Raises:
         UserError: The model's tag does not exist.

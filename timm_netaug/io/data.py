@@ -1,4 +1,4 @@
-"""Data sets of timm's, opened with checks that training and evaluation share."""
+"""Open timm's data sets, with checks that training and evaluation share."""
 import atexit
 import importlib.util
 import logging
@@ -21,9 +21,9 @@ from .label_table import LabelTable
 __all__ = ['DataSource', 'class_names', 'check_channels', 'check_split', 'encode_targets', 'open_dataset', 'watched']
 
 _logger = logging.getLogger(__name__)
-logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)  # it would tell of the same image in every epoch
+logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)  # it would warn of the same image in every epoch
 _PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
-_PACKAGES = {  # that data sets of a type need: module, and what is installed for it
+_PACKAGES = {  # type of data set -> modules that it needs, and the names of their packages
     'hfds': (('datasets', 'datasets'),), 'hfids': (('datasets', 'datasets'),),
     'tfds': (('tensorflow', 'tensorflow'), ('tensorflow_datasets', 'tensorflow-datasets')),
     'wds': (('webdataset', 'webdataset'),),
@@ -45,15 +45,15 @@ class DataSource:
 
 
 class WatchedImages(ImageDataset):
-    """Image files, where the next one stands in for one that cannot be read.
+    """timm's data set of image files, in which the next image replaces an image that cannot be read.
 
-    Which these are is noted in a file, since the loader's processes find them.
+    The names of such images are written to a file, because the worker processes of the loader find them.
     """
-    _max_retries = 1  # of timm's, which keeps no count
+    _max_retries = 1  # switches off timm's own retries, which are not counted
 
     @classmethod
     def watch(cls, dataset: ImageDataset) -> None:
-        """Make a data set of timm's one of these."""
+        """Turn a data set of timm into this class, in place."""
         dataset.__class__ = cls
         vars(dataset).pop('_max_retries', None)
         handle, dataset.notes = tempfile.mkstemp(prefix='unreadable-', suffix='.txt')
@@ -63,7 +63,7 @@ class WatchedImages(ImageDataset):
 
     @property
     def limit(self) -> int:
-        """Number of unreadable images from which on the data set is taken to be broken."""
+        """Number of unreadable images that are tolerated. With more of them, the data set counts as broken."""
         return max(10, len(self) // 100)
 
     def __getitem__(self, index: int) -> Any:
@@ -71,7 +71,7 @@ class WatchedImages(ImageDataset):
             try:
                 image, *rest = self._read(index)
                 break
-            # timm makes the first of an OSError; Pillow raises all of the others for some kinds of damage.
+            # timm turns an OSError into a RuntimeError; Pillow raises each of the others for some kind of damage.
             except (RuntimeError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                 with open(self.notes, 'a', encoding='utf-8', errors='surrogateescape') as f:
                     f.write(f'{self.filename(index, absolute=True)}\n')
@@ -81,7 +81,7 @@ class WatchedImages(ImageDataset):
         return (image if self.transform is None else self.transform(image), *rest)
 
     def _read(self, index: int) -> Any:
-        """Read a sample without transforming it: what a transform raises is another matter."""
+        """Read a sample without its transform: an error in the transform does not mean that the image is unreadable."""
         if self.load_bytes:
             transform, self.transform = self.transform, None
             try:
@@ -101,7 +101,7 @@ class WatchedImages(ImageDataset):
         """Warn of unreadable images that were found since the last call.
 
         Raises:
-            UserError: There are more than a hundredth of all, and more than ten.
+            UserError: More than ten images, and more than one in a hundred, are unreadable.
         """
         if not os.path.exists(self.notes) or os.path.getsize(self.notes) == self.read_notes:
             return
@@ -112,11 +112,11 @@ class WatchedImages(ImageDataset):
         self.unreadable |= new
         files = ', '.join(sorted(new)[:5]) + (' ...' if len(new) > 5 else '')
         if len(self.unreadable) > self.limit:
-            raise UserError(f'{len(self.unreadable)} of {len(self)} images cannot be read ({files}): mend or remove'
+            raise UserError(f'{len(self.unreadable)} of {len(self)} images cannot be read ({files}): repair or remove'
                             f' them.')
         if new:
-            _logger.warning(f'{len(self.unreadable)} of {len(self)} images cannot be read so far, and the next one'
-                            f' stands in for each. New among them: {files}')
+            _logger.warning(f'{len(self.unreadable)} of {len(self)} images cannot be read so far, and the next image'
+                            f' replaces each of them. Found since the last warning: {files}')
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -133,10 +133,10 @@ def _remove(path: str) -> None:
 
 
 def watched(loader: Any) -> Iterator[Any]:
-    """Yield the batches of a loader, and tell of images that cannot be read.
+    """Yield the batches of a loader, and warn of images that cannot be read.
 
     Raises:
-        UserError: There are too many of them.
+        UserError: Too many images cannot be read.
     """
     dataset = loader.dataset
     while not hasattr(dataset, 'check') and hasattr(dataset, 'dataset'):
@@ -146,17 +146,17 @@ def watched(loader: Any) -> Iterator[Any]:
         for batch in loader:
             check()
             yield batch
-    except RuntimeError as e:  # of a loader's process, which has noted what it was about
+    except RuntimeError as e:  # from a worker process, which has written the names of the images to the file
         check()
         if 'images in a row cannot be read' in str(e):
-            raise UserError(f'No image can be read ({", ".join(sorted(dataset.unreadable)[:5])}): mend them.') from e
+            raise UserError(f'No image can be read ({", ".join(sorted(dataset.unreadable)[:5])}): repair them.') from e
         raise
 
 
 def class_names(dataset: Any) -> Optional[List[str]]:
-    """Return the names of a data set's classes in label order, None where it has none."""
+    """Return the names of a data set's classes in label order, None if it does not name them."""
     reader = getattr(dataset, 'reader', dataset)
-    index = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)  # of archives
+    index = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)  # readers of archives
     return [str(name) for name in sorted(index, key=index.get)] if index else None
 
 
@@ -180,13 +180,14 @@ def open_dataset(source: DataSource, split: str, channels: int, target: str = 'c
     """Open a split of a data set.
 
     Args:
-        channels: Of the model's input; images of other than three are read as grey.
-        target: Of an image: its 'class'; or in multi-label data sets the 'indices' of its classes, or a 'dense' vector
-            with one number for each class. Image folders of the latter have a table `labels.csv`.
+        channels: Number of channels of the model's input. Unless it is three, images are read as greyscale.
+        target: Kind of targets: the 'class' of an image, or in multi-label data sets the 'indices' of its classes or a
+            'dense' vector with one number for each class. Image folders with several labels have a table `labels.csv`.
         kwargs: Further arguments of timm's create_dataset().
 
     Raises:
-        UserError: Its type is none of timm's (which would take it for a folder of images), or it cannot be opened.
+        UserError: timm does not know the type of the data set (it would read a folder of images), or the data set
+            cannot be opened.
     """
     name, root = source.dataset, source.data_dir
     if '/' in name and name.split('/')[0].lower() not in _PREFIXES:
@@ -209,7 +210,7 @@ def open_dataset(source: DataSource, split: str, channels: int, target: str = 'c
             name,
             root=root,
             split=split,
-            class_map=source.class_map if name or os.path.isfile(root) else None,  # of folders it is read below
+            class_map=source.class_map if name or os.path.isfile(root) else None,  # for folders, it is read below
             download=source.dataset_download,
             input_img_mode=source.input_img_mode or _mode(channels),
             input_key=source.input_key,
@@ -225,10 +226,10 @@ def open_dataset(source: DataSource, split: str, channels: int, target: str = 'c
 
 
 def check_channels(dataset: Any, channels: int) -> None:
-    """Refuse a data set whose images have another number of channels than the model's input. The first one is read.
+    """Refuse a data set whose images have another number of channels than the model's input. This reads one image.
 
     Args:
-        dataset: With its transform for evaluation, which draws no random numbers.
+        dataset: Data set with the transform of evaluation, which draws no random numbers.
 
     Raises:
         UserError: The numbers differ.
@@ -238,22 +239,22 @@ def check_channels(dataset: Any, channels: int) -> None:
     shape = getattr(dataset[0][0], 'shape', ())
     found = shape[0] if len(shape) == 3 else 1
     if len(shape) in (2, 3) and found != channels:
-        raise UserError(f'The images have {found} channel{"s" * (found > 1)}, the model\'s input {channels}: build it'
-                        f' with --in-chans {found}, or read images with --input-img-mode (L: 1, RGB: 3, RGBA: 4).')
+        raise UserError(f'The images have {found} channel{"s" * (found > 1)}, but the model\'s input has {channels}:'
+                        f' add --in-chans {found}, or read images with --input-img-mode (L: 1, RGB: 3, RGBA: 4).')
 
 
 def check_split(dataset: Any, data_dir: str, split: str, required: bool = True) -> None:
-    """Refuse image folders without a folder for the split: timm would take all images below the root, both splits'.
+    """Refuse image folders without a folder for the split: timm would read all images below the root, of all splits.
 
     Args:
-        required: Refuse a root that is itself a folder of classes, too.
+        required: Also refuse a root that holds the folders of classes itself.
 
     Raises:
-        UserError: There is no such folder, or one for a class without images in it.
+        UserError: The split has no folder, or one of its classes has a folder without images.
     """
     if os.path.isfile(data_dir):
         if required:
-            _logger.warning(f'{data_dir} is one archive: the {split} split is all of its images.')
+            _logger.warning(f'{data_dir} is one archive: the {split} split consists of all of its images.')
         return
     root = getattr(getattr(dataset, 'reader', None), 'root', None)
     if root is None or isinstance(dataset.reader, LabelTable):
@@ -264,12 +265,12 @@ def check_split(dataset: Any, data_dir: str, split: str, required: bool = True) 
     has_splits = any(os.path.isdir(os.path.join(data_dir, name)) for name in _SPLITS)
     if required or has_splits:
         flags = '--train-split and --val-split' if required else '--split'
-        raise UserError(f'There is no folder {os.path.join(data_dir, split)}: --data-dir is the folder around the'
-                        f' splits, which have their names from {flags}.')
+        raise UserError(f'There is no folder {os.path.join(data_dir, split)}: --data-dir is the folder that contains'
+                        f' the folders of the splits, and {flags} gives their names.')
 
 
 def _check_class_folders(dataset: Any, root: str) -> None:
-    """Refuse a folder without images, which would be no class and shift the labels of those behind it."""
+    """Refuse a class folder without images. It would not count as a class, which would shift the labels behind it."""
     known = set(class_names(dataset) or ())
     endings = tuple(get_img_extensions())
     for folder in sorted(os.scandir(root), key=lambda entry: entry.name) if os.path.isdir(root) else ():

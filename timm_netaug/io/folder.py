@@ -1,4 +1,4 @@
-"""The folders that `timm.create_model('local-dir:...', pretrained=True)` and the Hub take: written, checked, read."""
+"""Write, check and read the folders that `timm.create_model('local-dir:...', pretrained=True)` and the Hub take."""
 import json
 import math
 import os
@@ -24,11 +24,11 @@ __all__ = ['CONFIG', 'WEIGHTS', 'MAX_CONFIG', 'check_config', 'check_numbers', '
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 MAX_CONFIG = 8 << 20  # the names and descriptions of ImageNet-21K's classes have 2 MiB
 _MAX_NUMBER = dict(num_classes=1_000_000)
-_MAX_OTHER = 8192  # of widths, depths and pixels
+_MAX_OTHER = 8192  # for widths, depths and image sizes
 
 
 def copy_files(folder: Union[str, Path], out_dir: Union[str, Path]) -> None:
-    """Copy the files of a folder, and of those in it, into another one, each of them complete at every moment."""
+    """Copy the files of a folder and of its sub-folders into another folder, each by an atomic write."""
     os.makedirs(out_dir, exist_ok=True)
     for file in Path(folder).iterdir():
         if file.is_dir():
@@ -39,7 +39,7 @@ def copy_files(folder: Union[str, Path], out_dir: Union[str, Path]) -> None:
 
 
 def _pool_size(model: nn.Module, input_size: Sequence[int]) -> Optional[Tuple[int, ...]]:
-    """Return the size of the last feature map, None where the stride does not explain the registered size either."""
+    """Return the size of the last feature map, None if the model's stride does not yield the registered size."""
     cfg, feature_info = model.pretrained_cfg, getattr(model, 'feature_info', None)
     if not feature_info or not cfg.get('pool_size'):
         return None
@@ -60,9 +60,9 @@ def export_folder(
 
     Args:
         model: A stock timm model.
-        out_dir: Gets `model.safetensors` and `config.json`, each of them complete at every moment.
+        out_dir: Folder for `model.safetensors` and `config.json`, which are written atomically.
         run: Description of the model's training.
-        facts: What the config keeps for the model's card.
+        facts: Facts for the model card, which the config keeps.
     """
     with tempfile.TemporaryDirectory() as folder:
         save_for_hf(
@@ -72,7 +72,7 @@ def export_folder(
                 label_names=run.class_names,
                 **(dict(input_img_mode=run.input_img_mode) if run.input_img_mode else {}),
                 **(dict(target=run.target) if run.target != 'class' else {}),
-                # What timm's config says of the pretrained weights it knows is not true of these.
+                # timm's config describes timm's pretrained weights, so these fields would be wrong here.
                 pretrained_cfg=dict(tag=None, license=None, origin_url=None, paper_ids=None),
                 **(dict(timm_netaug=dict(facts)) if facts else {}),
             ),
@@ -90,13 +90,13 @@ def export_folder(
 
 
 def sample_fields(folder: Union[str, Path]) -> Dict[str, str]:
-    """Return what the config of a folder says of the model's samples: `input_img_mode` and `target`, where it does."""
+    """Return the fields of a folder's config that describe samples, `input_img_mode` and `target`, as far as it has."""
     config = json.loads(Path(folder, CONFIG).read_text(encoding='utf-8'))
     return {key: config[key] for key in ('input_img_mode', 'target') if key in config}
 
 
 def check_numbers(value: Any, place: str) -> None:
-    """Refuse numbers that no model is built with, however deep they are nested."""
+    """Refuse absurdly large numbers, at any depth of nesting."""
     if isinstance(value, dict):
         for key, inner in value.items():
             check_numbers(inner, str(key))
@@ -108,7 +108,7 @@ def check_numbers(value: Any, place: str) -> None:
 
 
 def check_config(folder: Path, source: str) -> nn.Module:
-    """Build, without memory for its weights, the model that a folder's config describes.
+    """Check a folder's config, and build its model on the meta device, without memory for the weights.
 
     Args:
         source: Name of the folder in messages.
@@ -127,28 +127,28 @@ def check_config(folder: Path, source: str) -> nn.Module:
         if not all(0.1 <= cfg.get(key, 1) <= 10 for key in ('crop_pct', 'test_crop_pct')):
             raise ValueError('its crop_pct is out of range')
         if any(key.startswith('pretrained') for key in model_args):
-            raise ValueError('its model_args say how weights are loaded, which they may not')
+            raise ValueError('its model_args must not say how weights are loaded')
         if model_args.get('num_classes', cfg.get('num_classes')) != cfg.get('num_classes'):
             raise ValueError('it has two numbers of classes')
         with torch.device('meta'):
             model = create_model(f'local-dir:{folder}')
     except FileNotFoundError as e:
-        raise UserError(f'{source} has no {CONFIG}: it is not a folder of the export.') from e
-    except Exception as e:  # whatever json, timm or a model's constructor find wrong
+        raise UserError(f'{source} has no {CONFIG}: it is not an exported folder.') from e
+    except Exception as e:  # json, timm and a model's constructor may raise anything
         raise UserError(
             f'{source} cannot be used, its {CONFIG} is not one of a timm model: {first_line(e)[:300]}.') from e
     return model
 
 
 def load_folder(folder: Union[str, Path], source: str, weights: str = WEIGHTS) -> nn.Module:
-    """Build the model of a folder and load its weights, which must be all of the model's and no others.
+    """Build the model of a folder and load its weights, which must be exactly the model's tensors.
 
     Args:
         source: Name of the folder in messages.
-        weights: File of the weights; of a pickle, nothing but tensors is read.
+        weights: Name of the file of weights. Only tensors are read from a pickle.
 
     Raises:
-        UserError: The folder is not of one model, or of one of absurd size.
+        UserError: The config or the weights are broken, do not belong together, or are of absurd size.
     """
     check_config(Path(folder), source)
     state_dict = read_weights(str(Path(folder, weights)))

@@ -1,7 +1,7 @@
 """Folders of images: a class is a folder directly below the split.
 
-timm takes the innermost folder's name for the class. So sub-folders of a class (`cat/session1/`) would become classes
-of their own, and images that lie in no class folder one class without a name.
+timm uses the name of the innermost folder as the class. So sub-folders of a class (`cat/session1/`) would become
+classes of their own, and images outside class folders would become a class without a name.
 """
 import logging
 import os
@@ -19,7 +19,7 @@ from ..errors import UserError, rewording
 __all__ = ['label_by_class_folder', 'read_class_map']
 
 _logger = logging.getLogger(__name__)
-_told = set()  # folders whose other files have been told of
+_told = set()  # folders that a warning about other image formats has named
 
 
 def label_by_class_folder(
@@ -27,10 +27,10 @@ def label_by_class_folder(
         class_map: Union[str, Mapping[str, int]] = '',
         types: Optional[str] = None,
 ) -> None:
-    """Give every image of timm's reader the class of the folder below the reader's root that it is in.
+    """Label every image of timm's reader by the folder directly below the reader's root that contains it.
 
     Files and folders whose names begin with a dot are left out. Image files of formats that timm does not read are
-    counted in a warning. The order is timm's.
+    counted in a warning. The order of the images is that of timm.
 
     Args:
         class_map: Labels by name, or a text file of the names in label order; empty: the folders in natural order.
@@ -79,11 +79,11 @@ def read_class_map(class_map: Union[str, Mapping[str, int]], root: str) -> Dict[
     """Return labels by class name.
 
     Args:
-        class_map: Such a mapping; or a text file with a name on each line in label order (`NAME`, or `LABEL NAME` with
-            the labels counted from 0 on each line), also one of timm's .pkl files; the file may lie below `root`.
+        class_map: A mapping; or a text file with one name on each line, in label order (`NAME`, or `LABEL NAME` with
+            labels counted from 0); or a .pkl file as timm reads it. The file may lie below `root`.
 
     Raises:
-        UserError: There is no such file, or two lines have one name.
+        UserError: The file does not exist, or lists a name twice.
     """
     if not isinstance(class_map, str):
         return dict(class_map)
@@ -97,5 +97,5 @@ def read_class_map(class_map: Union[str, Mapping[str, int]], root: str) -> Dict[
         lines = [line.split(None, 1)[1] for line in lines]
     twice = [name for name, count in Counter(lines).items() if count > 1]
     if twice:
-        raise UserError(f'--class-map {class_map}: the name {twice[0]} stands there twice.')
+        raise UserError(f'--class-map {class_map}: the name {twice[0]} is listed twice.')
     return {name: i for i, name in enumerate(lines)}

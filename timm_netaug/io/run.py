@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run that wrote it."""
+"""The description of a run, which its checkpoints hold."""
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional, Sequence
@@ -7,25 +7,25 @@ import torch.nn as nn
 
 __all__ = ['RunDescription']
 
-_NOT_KEPT = ('netaug', 'pretrained_model_args')  # arguments of a model that the exported one is built without
+_NOT_KEPT = ('netaug', 'pretrained_model_args')  # constructor arguments that the exported model does not get
 
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What it takes to build the model of a run again and to feed it, and how the run was made.
+    """What is needed to rebuild the model of a run and to prepare its input, and how the run was made.
 
     Args:
         architecture: Name of the timm model.
         model_args: Arguments of its constructor.
-        data_config: How images are prepared, in timm's terms.
-        class_names: Names of the classes in label order, None where the data set has none.
-        ema: Whether the run's metric is that of the moving average of the weights.
+        data_config: How images are prepared, as `timm.data.resolve_data_config` returns it.
+        class_names: Names of the classes in label order, None if the data set does not name them.
+        ema: Whether the run validated the moving average of the weights.
         versions: Versions of the libraries, by name.
         netaug: Fields of `NetAugConfig` and `NetAugTraining`, None for a run without NetAug.
         metrics: The metric after every epoch so far.
-        input_img_mode: Pillow's mode that images were converted to, None for that of the model's channels.
-        target: What the target of an image was: see `io.data.open_dataset`.
-        detector: Fields of `DetectorConfig`, where the model is a detector on the architecture; None for a classifier.
+        input_img_mode: Pillow mode to which images were converted, None for the one that fits the model's channels.
+        target: Kind of targets, see `io.data.open_dataset`.
+        detector: Fields of `DetectorConfig` if the model is a detector with this architecture, None for a classifier.
     """
     architecture: str
     model_args: Dict[str, Any] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class RunDescription:
             class_names: Optional[Sequence[str]] = None,
             **fields: Any,
     ) -> 'RunDescription':
-        """Describe a timm model, as `create_model` has built it, and its input."""
+        """Describe a model that `timm.create_model` has built, and its input."""
         args = {k: v for k, v in getattr(model, '_model_args', {}).items() if k not in _NOT_KEPT}
         return cls(
             model.pretrained_cfg['architecture'],
@@ -58,14 +58,14 @@ class RunDescription:
         )
 
     def to_dict(self) -> Dict[str, Any]:
-        """Return the fields as plain data, which travels in a checkpoint as `args.run`."""
+        """Return the fields as plain data, which a checkpoint holds as `args.run`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Optional['RunDescription']:
-        """Read the description out of a checkpoint of `train.py`, None where a file is another program's.
+        """Return the description in a checkpoint of `train.py`, None for a checkpoint of another program.
 
-        Fields that a later version has added are left out; those that an earlier one did not have get their defaults.
+        Fields that a later version has added are ignored. Fields that an earlier version lacks get their defaults.
         """
         run = getattr(checkpoint.get('args'), 'run', None)
         if not isinstance(run, Mapping) or 'architecture' not in run:

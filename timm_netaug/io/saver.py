@@ -1,4 +1,4 @@
-"""Checkpoints of `train.py`, written so that a kill leaves none torn."""
+"""Write the checkpoints of `train.py` atomically, so that a killed run leaves no truncated checkpoint."""
 import os
 import shutil
 from typing import Any, Dict, Optional
@@ -18,15 +18,15 @@ _FOR_RESUMING = ('optimizer', 'amp_scaler', 'task_state', 'task_state_ema', 'sav
 
 
 class _ForOtherTools:
-    """A task whose weights are finite in checkpoints, and contiguous, whatever the memory format of the training:
-    safetensors and other tools take no others."""
+    """Wrapper of a task that checks that the weights in a checkpoint are finite, and makes them contiguous. safetensors
+    and other tools accept only contiguous tensors."""
 
     def __init__(self, task: TrainingTask):
         self.task = task
 
     def get_checkpoint_state(self, **kwargs: Any) -> Dict[str, Any]:
         state = self.task.get_checkpoint_state(**kwargs)
-        check_finite(state.get('state_dict', {}), 'What has been trained')
+        check_finite(state.get('state_dict', {}), 'The trained model')
         for key in ('state_dict', 'state_dict_ema'):
             for name, tensor in state.get(key, {}).items():
                 state[key][name] = tensor.contiguous()
@@ -34,12 +34,12 @@ class _ForOtherTools:
 
 
 class AtomicSaver(CheckpointSaver):
-    """timm's saver, whose files are complete at every moment.
+    """timm's saver, with atomic writes.
 
     `last`, recovery and milestone files are for resuming: they hold the optimizer's state, and with NetAug the
-    super-network. `model_best` and numbered files hold the weights of the stock model alone, so they are as small as
-    it is. `last` is renamed after all other files of its epoch are on disk. If the process is killed in between, the
-    resumed run does that epoch again, best file and history included.
+    super-network. `model_best` and numbered files hold only the weights of the stock model, so they are small. `last`
+    is renamed after all other files of its epoch are on disk. If the process is killed before that, the resumed run
+    repeats the epoch, and writes the best file and the history again.
     """
 
     _late = ()
@@ -48,7 +48,7 @@ class AtomicSaver(CheckpointSaver):
         """Save an epoch.
 
         Args:
-            milestone: Keep a copy of `last`, named by the number of epochs that are done.
+            milestone: Keep a copy of `last`, named by the number of finished epochs.
         """
         self._late = []
         result = super().save_checkpoint(epoch, metric)
@@ -68,21 +68,21 @@ class AtomicSaver(CheckpointSaver):
             if os.path.exists(save_path):
                 os.remove(save_path)
             if isinstance(e, RuntimeError) and 'inline_container' not in str(e) and 'StreamWriter' not in str(e):
-                raise  # not what torch.save makes of a full disk
+                raise  # not an error by which torch.save reports a full disk
             raise self.full(e, save_path) from e
         finally:
             self.task = task
 
     def full(self, error: Exception, path: Optional[str] = None) -> UserError:
-        """Return the sentence for a file that cannot be written."""
+        """Return the error for a file that cannot be written."""
         path = path or getattr(error, 'filename', None) or self.checkpoint_dir
         last = os.path.join(self.checkpoint_dir, f'last{self.extension}')
         again = f'go on with --resume {last}' if os.path.exists(last) else 'start again'
         return UserError(f'{path} cannot be written ({first_line(error)}): make room on the disk, and {again}. The'
-                         f' files of the epochs before are whole.')
+                         f' files of earlier epochs are complete.')
 
     def save_recovery(self, epoch, batch_idx=0):
-        """Save in mid-epoch, if there is anything to go on with."""
+        """Save in mid-epoch."""
         super().save_recovery(epoch, batch_idx)
 
     def _replace(self, src, dst):
