@@ -29,7 +29,7 @@ from timm_netaug.cli.command_line import parse_args
 from timm_netaug.cli.train_flags import check_train_args, netaug_config, train_parser
 from timm_netaug.cli.build import set_up_model, set_up_task, prepare_for_training
 from timm_netaug.cli.device import mixed_precision
-from timm_netaug.cli.loaders import set_up_loaders
+from timm_netaug.cli.loaders import open_splits, set_up_loaders
 from timm_netaug.cli.train import set_up_device, set_up_lr, train_one_epoch
 from timm_netaug.fused_bn_relu import FUSED
 
@@ -93,9 +93,10 @@ class Contender:
         check_train_args(args)
         self.device = set_up_device(args)
         random_seed(args.seed)
+        splits = open_splits(args, 3)
         model, config = set_up_model(args), netaug_config(args)
         data_config = resolve_input_data_config(model, args=vars(args))
-        loader, *_ = set_up_loaders(args, data_config, self.device, torch.float32)
+        loader, *_ = set_up_loaders(args, splits, data_config, self.device, torch.float32)
         self.loader = Timed(loader, min(batches, len(loader)))
         model = prepare_for_training(args, model, config, self.device, torch.float32)
         set_up_lr(args)

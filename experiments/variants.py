@@ -28,7 +28,7 @@ def bn_reference() -> None:
     set, before every evaluation, as the reference implementation does."""
     ElasticBatchNorm.augmented = property(lambda self: False, lambda self, value: None)
     ElasticBatchNorm.since_sort = property(lambda self: None, lambda self, value: None)
-    loaders, set_up_loaders = [], train.set_up_loaders
+    loaders, set_up_loaders = [], train.Classification.set_up_loaders
     get_eval_model = timm_netaug.NetAugTask.get_eval_model
 
     def capture(args, *rest):
@@ -44,7 +44,8 @@ def bn_reference() -> None:
             update_bn(itertools.islice(loader, -(-16000 // flags.batch_size)), model)
         return model
 
-    train.set_up_loaders, timm_netaug.NetAugTask.get_eval_model = capture, estimated
+    train.Classification.set_up_loaders = staticmethod(capture)
+    timm_netaug.NetAugTask.get_eval_model = estimated
 
 
 VARIANTS = {'momentum-stays': momentum_stays, 'bn-reference': bn_reference}

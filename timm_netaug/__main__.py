@@ -9,12 +9,8 @@ _COMMANDS = {
     'export': 'write a checkpoint of train.py as a folder for timm.create_model',
     'convert': "write a .pth file of the NetAug authors as a folder for timm.create_model",
     'hub': 'push a model to the Hugging Face Hub, or pull one',
-<<<<<<< HEAD
     'deploy': 'write an int8 file for microcontrollers, measured by running it',
-    'info': 'tell what a model costs on a microcontroller',
-=======
     'info': 'show what a model costs on a microcontroller',
->>>>>>> a5eab406e3ad483c29a87cf1fc88148271037713
 }
 _HELP = '\n'.join([
     'usage: python -m timm_netaug COMMAND ... (COMMAND --help explains a command)',

@@ -155,16 +155,10 @@ def push(
         facts: Known facts about the model's training, for the card.
         revision: Branch to push to.
         private: Create the repository as a private one.
-<<<<<<< HEAD
-        dry_run: Folder to write to, in place of the push.
-        data_dir: Data set to evaluate the model on; its accuracy must be the one in the facts.
-        license: Of the weights, as in apache-2.0.
-        files: Further files to push.
-=======
         dry_run: Folder to write the files to, instead of pushing them.
         data_dir: Data set to evaluate the model on. The accuracy must equal the recorded one in the facts.
         license: License of the weights, for example apache-2.0.
->>>>>>> a5eab406e3ad483c29a87cf1fc88148271037713
+        files: Further files to push.
 
     Raises:
         UserError: A check or the upload failed. Nothing has been pushed.

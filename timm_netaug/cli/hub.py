@@ -91,20 +91,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     command.set_defaults(run=_push)
     command.add_argument('checkpoint', help='checkpoint of train.py, exported folder, .pth of the authors, or ARCH.TAG'
                                             ' of bundled weights')
-<<<<<<< HEAD
-    command.add_argument('repo', metavar='OWNER/NAME', help='repository; it is created where there is none')
-    command.add_argument('--private', action='store_true', help='create it as a private one')
-    command.add_argument('--revision', metavar='R', help='branch to push to (main)')
-    command.add_argument('--dry-run', metavar='OUT_DIR', help='write what would be pushed; needs no network')
-    command.add_argument('--model', metavar='NAME', help='architecture of a file that does not say it')
-    command.add_argument('--use-ema', action='store_true', help='the moving average (default where it was validated)')
-    command.add_argument('--data-dir', metavar='DIR', help='evaluate, and push if the accuracy is the recorded one')
-    command.add_argument('--baseline', metavar='CHECKPOINT', help='of the same training without NetAug, for the card')
-    command.add_argument('--baseline-about', metavar='TEXT', help='how else it differs, for the card')
-    command.add_argument('--deployed', metavar='DIR', help='folder that `python -m timm_netaug deploy` wrote of the'
-                         ' model: push its int8 file, and put what was measured on the card')
-    command.add_argument('--license', metavar='ID', help='of the weights, as in apache-2.0')
-=======
     command.add_argument('repo', metavar='OWNER/NAME', help='repository; it is created if it does not exist')
     command.add_argument('--private', action='store_true', help='create the repository as a private one')
     command.add_argument('--revision', metavar='R', help='branch to push to (default: main)')
@@ -117,8 +103,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     command.add_argument('--baseline', metavar='CHECKPOINT',
                          help='checkpoint of the same training without NetAug; the card shows its accuracy')
     command.add_argument('--baseline-about', metavar='TEXT', help='other differences of the baseline, for the card')
+    command.add_argument('--deployed', metavar='DIR', help='folder that `python -m timm_netaug deploy` wrote of the'
+                         ' model: push its int8 file, and put what was measured on the card')
     command.add_argument('--license', metavar='ID', help='license of the weights, for example apache-2.0')
->>>>>>> a5eab406e3ad483c29a87cf1fc88148271037713
     command.add_argument('--dataset-name', dest='dataset', metavar='NAME', help='data set of the training')
     command.add_argument('--dataset-terms', metavar='TEXT', help='terms of use of the data set')
     command = commands.add_parser('pull', help='download a model, check it, and write it as a folder')
