@@ -84,7 +84,7 @@ ROWS: List[Tuple[str, str, str]] = [
     ('', '--torchcompile eager', 'compiled'),
     ('--torchcompile inductor', '--torchcompile-mode default', SAME),
     ('', '--torchscript', 'scripted'),
-    ('--torchscript', '--fuser te', 'scripted'),
+    ('--torchscript', '--fuser old', 'scripted'),
     ('', '--sync-bn', CHANGES),
     ('', '--dist-bn broadcast', SAME),
     ('', '--bn-momentum 0.9', CHANGES),
