@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import timm
+
+import timm_netaug  # noqa: F401: registers the models
 
 from conftest import ROOT, run_python
 
@@ -66,6 +69,14 @@ def test_readme_commands(checkout, few_digits):
     for command in commands:
         command = re.sub(r'\b(DATA|CIFAR10)\b', str(few_digits), command)
         run(re.sub(r'--epochs \d+', '--epochs 1 -b 60 --img-size 32', command), checkout)
+
+
+def test_readme_prediction(few_digits, tmp_path):
+    """The code that loads a model and predicts."""
+    code, = blocks('README.md', 'python')
+    (tmp_path / 'photo.jpg').symlink_to(next((few_digits / 'validation').glob('*/*.png')))
+    (tmp_path / 'code.py').write_text(code)
+    assert run('python code.py', tmp_path).strip() in timm.get_pretrained_cfg('netaug_mbv2_tiny').label_names
 
 
 def test_benchmark(tmp_path):
