@@ -335,6 +335,7 @@ def _warm_up() -> None:
 def _serve(requests) -> None:
     """Make a run for every request (arguments, output folder), each in a fork of this process."""
     os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the runs are on the CPU, and autograd's threads for GPUs cannot be forked
+    torch.set_num_threads(1)  # nor can the threads of OpenMP: a fork would wait for them forever
     Figure.savefig = lambda *args, **kwargs: None  # drawing the curves takes as long as the training
     _warm_up()
     gc.freeze()
