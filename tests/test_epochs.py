@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from conftest import run_python
+from timm_netaug.cli.command_line import parse_args
+from timm_netaug.cli.train_flags import check_train_args, loss_of, train_parser
 
 FLAGS = ['--model', 'test_efficientnet', '--img-size', 32, '-b', 60, '-j', 0, '--epochs', 3, '--warmup-epochs', 0,
          '--netaug', '--experiment', 'run', '--device', 'cpu', '--checkpoint-hist', 1]
@@ -64,3 +67,13 @@ def test_auto_needs_a_name(few_digits):
     flags = [flag for flag in FLAGS if flag not in ('--experiment', 'run')]
     done = run_python('train.py', '--data-dir', few_digits, *flags, '--resume', 'auto', check=False)
     assert done.returncode == 1 and '--resume auto needs --experiment' in done.stderr
+
+
+def test_args_of_a_run_are_a_config(few_digits, tmp_path):
+    """args.yaml says the loss as it was given, and a run's end is not part of it."""
+    run_python('train.py', '--data-dir', few_digits, *FLAGS, '--bce-loss', '--stop-epoch', 1, '--output', tmp_path)
+    args = yaml.safe_load((tmp_path / 'run/args.yaml').read_text())
+    assert args['bce_loss'] is True and 'loss' not in args and 'stop_epoch' not in args
+    again = parse_args(train_parser(), ['-c', str(tmp_path / 'run/args.yaml')])
+    check_train_args(again)
+    assert loss_of(again) == 'bce'

@@ -11,6 +11,8 @@ from timm.task import MultiLabelClassificationEvaluator
 from conftest import run_python
 from timm_netaug.cli.command_line import parse_args
 from timm_netaug.cli.train_flags import check_train_args, train_parser
+from timm_netaug.cli.validate import _target
+from timm_netaug.cli.validate_flags import validate_parser
 from timm_netaug.errors import UserError
 from timm_netaug.io.data import DataSource, encode_targets, open_dataset
 from timm_netaug.io.label_table import LabelTable
@@ -121,6 +123,29 @@ def test_bad_tables(text, said, data, tmp_path):
 def test_refused_by_name(argv, said):
     with pytest.raises(UserError, match=said):
         check_train_args(parse_args(train_parser(), ['--data-dir', 'D', *argv.split()]))
+
+
+def test_wrong_number_of_classes(data, tmp_path):
+    """It is told as such, not as images that cannot be read."""
+    done = run_python('train.py', '--data-dir', data, *FLAGS, '--num-classes', 5, '--output', tmp_path, check=False)
+    assert done.returncode == 1 and 'labels.csv has 3 classes, but --num-classes is 5' in done.stderr
+    dataset = open_dataset(DataSource(str(data)), 'train', 3, target='indices')
+    encode_targets([dataset], 2, 'indices')
+    with pytest.raises(UserError, match=r'The label of .*images/0\.png is wrong: .*2 entries, got 3'):
+        dataset[0]
+    assert not dataset.unreadable
+
+
+@pytest.mark.parametrize('flags, said', [
+    (('--metrics-avg', 'macro'), '--metrics-avg is for one class per image'),
+    (('--target-format', 'dense'), '--target-format does nothing without --task multilabel'),
+    (('--task', 'multilabel', '--target-format', 'dense'), 'the model was trained with indices'),
+])
+def test_flags_of_validation_that_do_not_fit(flags, said):
+    args = parse_args(validate_parser(), ['--data-dir', 'D', *flags])
+    with pytest.raises(UserError, match=said):
+        _target(args, 'indices')
+    assert _target(parse_args(validate_parser(), ['--data-dir', 'D']), 'dense') == 'dense'
 
 
 def test_there_must_be_a_table(data):

@@ -44,7 +44,7 @@ def rewording(subject: str, *errors: Type[BaseException], hint: str = '', whole:
     """
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except errors or Exception as e:
         text = ' '.join(str(e).split()) if whole else first_line(e)[:300]

@@ -28,7 +28,7 @@ from ..fetch import local_name
 from ..io.checkpoint import count_classes, read_weights
 from ..load import load_model
 from ..reference import checkpoint_filter_fn
-from .train_flags import netaug_config
+from .train_flags import loss_of, netaug_config
 from .device import uses_channels_last
 
 __all__ = ['set_up_model', 'set_up_task', 'set_up_teacher', 'prepare_for_training']
@@ -229,10 +229,11 @@ def _criterion_kwargs(args) -> Dict[str, Any]:
         UserError: A file of weights or of class statistics cannot be read, or has another number of classes.
     """
     mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    loss = loss_of(args)
     kwargs: Dict[str, Any] = dict(
-        loss_type=args.loss,
+        loss_type=loss,
         smoothing=args.smoothing,
-        soft_targets=mixed and args.loss != 'jsd',
+        soft_targets=mixed and loss != 'jsd',
         jsd_splits=args.aug_splits,
         bce_target_thresh=args.bce_target_thresh,
         bce_sum=args.bce_sum,
@@ -245,7 +246,7 @@ def _criterion_kwargs(args) -> Dict[str, Any]:
             kwargs[kind] = resolve_class_weights(value, kind, stats, power=args.loss_weight_power)
     if args.bce_pos_weight is not None:
         kwargs['pos_weight'] = args.bce_pos_weight
-    if args.loss == 'db':
+    if loss == 'db':
         kwargs.update(class_counts=stats[0], num_samples=stats[1])
     for kind in ('pos_weight', 'class_weight', 'class_counts'):
         count = len(kwargs[kind]) if torch.is_tensor(kwargs.get(kind)) else args.num_classes

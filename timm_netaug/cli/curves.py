@@ -25,6 +25,8 @@ _ACCURACIES = {
     'train_top1': ('training', TINY, '--', 'o'),
     'eval_top1': ('validation', TINY, '-', 's'),
     'eval_top5': ('validation, top-5', SKY_BLUE, '-', 'D'),
+    'eval_map': ('validation, mAP', TINY, '-', 's'),
+    'eval_micro_f1': ('validation, micro F1', SKY_BLUE, '-', 'D'),
     'eval_AP50': ('validation, AP50', TINY, '-', 's'),
     'eval_AP': ('validation, AP', SKY_BLUE, '-', 'D'),
 }
@@ -69,7 +71,9 @@ def write_curves(
     columns = _read(summary)
     if 'epoch' not in columns:
         raise UserError(f'{summary} holds no epochs to plot: train for one first.')
-    shown = ('train_top1', 'eval_top1', 'eval_AP50', 'eval_AP', metric)
+    several_labels = 'eval_map' in columns
+    shown = ('eval_map', 'eval_micro_f1') if several_labels else (
+        'train_top1', 'eval_top1', 'eval_AP50', 'eval_AP', metric)
     accuracies = {k: v for k, v in _ACCURACIES.items() if k in shown}
     losses = dict(_LOSSES)
     if 'train_aug_loss' in columns:
@@ -86,7 +90,10 @@ def write_curves(
             left: _draw(left, columns, losses, metric, best, '{:.4g}'),
             right: _draw(right, columns, accuracies, metric, best, '{:.4g} %'),
         }
-        if 'eval_AP50' in columns:
+        if several_labels:
+            left.set(title='Loss', ylabel='loss (nats)')
+            right.set(title='Mean average precision and F1', ylabel='%')
+        elif 'eval_AP50' in columns:
             left.set(title='Loss', ylabel='loss')
             right.set(title='Average precision', ylabel='average precision (%)')
         else:

@@ -69,6 +69,9 @@ def _check_number_of_classes(args, names: List[str]) -> None:
     if len(names) == 1 and args.task != 'multilabel':
         raise UserError(f'The data set has one class, {names[0]}, and a classifier needs at least two: put the images'
                         f' of each class into a folder of their own below {args.train_split}.')
+    if args.task == 'multilabel' and len(names) != args.num_classes:
+        raise UserError(f'labels.csv has {len(names)} classes, but --num-classes is {args.num_classes}: leave the flag'
+                        f' out.')
     if len(names) > args.num_classes:
         raise UserError(f'The data set has {len(names)} classes, but the model has {args.num_classes}:'
                         f' add --num-classes {len(names)}.')

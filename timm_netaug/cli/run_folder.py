@@ -70,10 +70,11 @@ def find_restart(args) -> None:
                         ' in the folder with this name.')
     last = os.path.join(_run_folder(args), 'last.pth.tar')
     if restarts() and os.path.exists(last):
-        args.resume, args.no_resume_opt = last, False
+        args.resume, args.no_resume_opt, args.start_epoch = last, False, None
     if args.resume == 'auto':
         args.resume = last if os.path.exists(last) else ''
         args.no_resume_opt &= bool(args.resume)
+        args.start_epoch = None if args.resume else args.start_epoch
 
 
 def check_resume(args, parser, run: RunDescription) -> List[Optional[float]]:
@@ -106,7 +107,7 @@ def check_resume(args, parser, run: RunDescription) -> List[Optional[float]]:
     if is_primary(args) and changed:
         _logger.warning(f'The checkpoint was written with {", ".join(changed)}: results may differ in the last bits.')
     changed = [a.dest for a in parser._actions if a.dest not in (*FREE_FLAGS, 'help', 'num_classes')
-               and getattr(saved, a.dest, None) != getattr(args, a.dest)]
+               and getattr(saved, a.dest, parser.get_default(a.dest)) != getattr(args, a.dest)]
     if is_primary(args) and changed:
         _logger.warning('This is not the same training as that of the checkpoint: ' + ', '.join(
             f'{k} was {getattr(saved, k, None)!r}, is {getattr(args, k)!r}' for k in changed) + '.')
@@ -178,7 +179,7 @@ def _set_up_folder(args, name: str, start_epoch: int) -> Tuple[str, bool]:
 
 def _write_provenance(args, parser, output_dir: str) -> None:
     """Write the resolved flags (as a config for -c) and the versions beside the results."""
-    left_out = ['help', 'config', 'data', 'local_rank', 'resume', 'no_resume_opt']
+    left_out = ['help', 'config', 'data', 'local_rank', 'resume', 'no_resume_opt', 'stop_epoch']
     if not args.device_given:  # the chosen device depends on the machine
         left_out.append('device')
     flags = {a.dest: getattr(args, a.dest) for a in parser._actions if a.dest not in left_out}

@@ -38,7 +38,7 @@ from timm.utils import (
     update_summary,
 )
 
-from ..errors import UserError, exit_on_user_error, rewording
+from ..errors import UserError, check_model_name, exit_on_user_error, rewording
 from ..evaluate import evaluate, to_device
 from ..io.run import RunDescription
 from .build import prepare_for_training, set_up_model, set_up_task, set_up_teacher
@@ -185,7 +185,7 @@ def train_one_epoch(
                         )
                     optimizer.step()
         values = {k: v.detach() for k, v in result.items() if k == 'loss' or k.endswith('_loss')}
-        is_classes = isinstance(target, torch.Tensor)
+        is_classes = isinstance(target, torch.Tensor) and getattr(args, 'task', '') != 'multilabel'
         if is_classes and target.ndim == 1 and not args.aug_splits:  # not mixed
             values['top1'] = 100 * (result['output'].detach().argmax(1) == target).float().mean()
         pending.append((values, input.shape[0]))
@@ -327,6 +327,19 @@ def check_task(args, task: TrainingTask, start_epoch: int, num_epochs: int, upda
         _logger.warning(f'All {num_epochs} epochs are warm-up (--warmup-epochs {args.warmup_epochs}).')
 
 
+def _check_same_start(args, start_epoch: int) -> None:
+    """Refuse processes that would start at different epochs, because they see different files.
+
+    Raises:
+        UserError: The epochs differ.
+    """
+    starts = [None] * args.world_size
+    torch.distributed.all_gather_object(starts, start_epoch)
+    if len(set(starts)) > 1:
+        raise UserError(f'The processes would start at different epochs ({", ".join(map(str, starts))}): --output must'
+                        f' be on a file system that all machines share.')
+
+
 def primary_saver(args, run: RunDescription, *to_set_up: Any):
     """Set up, in the first process, what writes the results. An error of this process ends all processes."""
     saver, refusal = None, ''
@@ -358,6 +371,7 @@ class Classification:
     def set_up_model(args) -> Tuple[nn.Module, Dict[str, Any], Any]:
         """Open the data set and build the model; returns the model, how its images are prepared in timm's terms, and
         the splits of the data set."""
+        check_model_name(args.model)  # before a data set is downloaded
         channels = args.in_chans or (args.input_size or [3])[0]
         splits = open_splits(args, channels)
         model = set_up_model(args)
@@ -466,8 +480,11 @@ def train(kind: Any = Classification) -> None:
     lr_scheduler, num_epochs = set_up_schedule(args, optimizer, updates_per_epoch, start_epoch, history)
     history = (history + [None] * start_epoch)[:start_epoch]
     end_epoch = min(num_epochs, args.stop_epoch or num_epochs)
+    if args.distributed:
+        _check_same_start(args, start_epoch)
     if args.resume and start_epoch == end_epoch:
-        _logger.info(f'All {end_epoch} epochs of {args.resume} are done.')
+        stopped_at = f' (--stop-epoch, of {num_epochs})' if end_epoch < num_epochs else ''
+        _logger.info(f'All {end_epoch} epochs of {args.resume} are done{stopped_at}.')
         return
     check_task(args, task, start_epoch, end_epoch, updates_per_epoch)
     saver = primary_saver(args, run, parser, task, optimizer, loss_scaler, start_epoch)

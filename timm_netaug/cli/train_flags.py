@@ -11,9 +11,9 @@ from timm.utils import ParseKwargs
 from ..config import NetAugConfig, NetAugTraining, split_fields
 from ..errors import UserError
 from .common_flags import COMPUTE, DATASET, INPUT, INTERPOLATIONS, TARGETS
-from .flags import Flag, Group, all_flags, build_parser, check_flags, flag_name
+from .flags import Flag, Group, all_flags, build_parser, check_flags, flag_name, given_flags
 
-__all__ = ['FREE_FLAGS', 'TRAIN_FLAGS', 'check_train_args', 'netaug_config', 'train_parser']
+__all__ = ['FREE_FLAGS', 'TRAIN_FLAGS', 'check_train_args', 'loss_of', 'netaug_config', 'train_parser']
 
 
 def _stage(value: str) -> Any:
@@ -227,7 +227,7 @@ TRAIN_FLAGS = (
              range='[0, inf]', free=True),
         Flag('--checkpoint-hist', 'number of the best checkpoints to keep', int, 10, 'N', range='[1, inf]', free=True),
         Flag('--save-epochs', 'keep the checkpoint after these numbers of epochs, as milestone-N', int, metavar='N',
-             nargs='+', range='[0, inf]', free=True),
+             nargs='+', range='[1, inf]', free=True),
         Flag('-j --workers', 'number of loader processes', int, 4, 'N', range='[0, inf]'),
         Flag('--save-images', 'save a batch of training images with every log line', free=True),
         Flag('--output', 'folder for the folders of runs (default: output/train)', str, '', 'DIR', free=True),
@@ -345,25 +345,30 @@ def check_train_args(args: argparse.Namespace) -> None:
         raise UserError('--resume auto needs --experiment: the name of the folder that it looks for a checkpoint in.')
 
 
+def loss_of(args: argparse.Namespace) -> str:
+    """Return timm's name of the loss that the flags choose."""
+    chosen = 'jsd' if args.jsd_loss else 'bce' if args.bce_loss else args.loss
+    return chosen or ('bce' if args.task == 'multilabel' else 'ce')
+
+
 def _check_loss(args: argparse.Namespace) -> None:
     metrics = _METRICS[args.task]
     if args.task == 'multilabel' and args.eval_metric == 'top1':  # timm's default, of the other task
         args.eval_metric = metrics[0]
     if args.eval_metric not in metrics:
         raise UserError(f'--eval-metric must be one of {", ".join(metrics)}, got {args.eval_metric!r}.')
-    args.loss = 'jsd' if args.jsd_loss else 'bce' if args.bce_loss else args.loss or (
-        'bce' if args.task == 'multilabel' else 'ce')
+    loss = loss_of(args)
     if args.jsd_loss and args.bce_loss:
         raise UserError('--jsd-loss and --bce-loss are two losses: choose one.')
-    if args.task == 'multilabel' and args.loss not in MULTI_LABEL_LOSS_TYPES:
-        raise UserError(f'--loss {args.loss} is for one class per image; --task multilabel takes one of'
+    if args.task == 'multilabel' and loss not in MULTI_LABEL_LOSS_TYPES:
+        raise UserError(f'--loss {loss} is for one class per image; --task multilabel takes one of'
                         f' {", ".join(MULTI_LABEL_LOSS_TYPES)}.')
-    if args.task != 'multilabel' and args.loss in ('twoway', 'zlpr', 'db'):
-        raise UserError(f'--loss {args.loss} needs --task multilabel.')
+    if args.task != 'multilabel' and loss in ('twoway', 'zlpr', 'db'):
+        raise UserError(f'--loss {loss} needs --task multilabel.')
     if args.task != 'multilabel' and args.target_format != 'indices':
         raise UserError('--target-format does nothing without --task multilabel.')
-    if args.loss in ('twoway', 'zlpr') and (args.smoothing or args.mixup or args.cutmix or args.cutmix_minmax):
-        raise UserError(f'--loss {args.loss} takes labels of 0 and 1 alone: add --smoothing 0, and leave --mixup and'
+    if loss in ('twoway', 'zlpr') and (args.smoothing or args.mixup or args.cutmix or args.cutmix_minmax):
+        raise UserError(f'--loss {loss} takes labels of 0 and 1 alone: add --smoothing 0, and leave --mixup and'
                         f' --cutmix out.')
     if args.task == 'multilabel' and args.kd_model_name:
         raise UserError('--kd-model-name does not go together with --task multilabel: distillation compares classes'
@@ -373,25 +378,25 @@ def _check_loss(args: argparse.Namespace) -> None:
                         ' that exclude each other.')
     if args.task == 'multilabel' and args.aug_splits:
         raise UserError('--aug-splits does not go together with --task multilabel.')
-    if args.loss == 'jsd' and args.aug_splits < 2:
+    if loss == 'jsd' and args.aug_splits < 2:
         raise UserError('--loss jsd needs --aug-splits of at least 2.')
-    weighted = args.loss == 'bce' or (args.loss == 'asl' and args.task == 'multilabel')
+    weighted = loss == 'bce' or (loss == 'asl' and args.task == 'multilabel')
     for dest, allowed, needed in (
-            *((d, args.loss == 'bce', '--loss bce') for d in ('bce_sum', 'bce_target_thresh', 'bce_pos_weight')),
-            *((d, args.loss == 'poly', '--loss poly') for d in ('poly_epsilon', 'poly_gamma')),
+            *((d, loss == 'bce', '--loss bce') for d in ('bce_sum', 'bce_target_thresh', 'bce_pos_weight')),
+            *((d, loss == 'poly', '--loss poly') for d in ('poly_epsilon', 'poly_gamma')),
             *((d, weighted, '--loss bce or asl') for d in ('loss_pos_weight', 'loss_class_weight'))):
-        default = next(flag.default or False for flag in all_flags(TRAIN_FLAGS) if flag.dest == dest)
-        if getattr(args, dest) not in (None, default) and not allowed:
+        flag = next(flag for flag in all_flags(TRAIN_FLAGS) if flag.dest == dest)
+        if flag in given_flags(TRAIN_FLAGS, args) and not allowed:
             raise UserError(f'{flag_name(dest)} does nothing without {needed}.')
     if args.poly_gamma and args.task != 'multilabel':
         raise UserError('--poly-gamma does nothing without --task multilabel.')
     if args.bce_pos_weight is not None and args.loss_pos_weight is not None:
         raise UserError('--bce-pos-weight is the same as --loss-pos-weight: give one of the two.')
     computed = {args.loss_pos_weight, args.loss_class_weight} & {'neg_pos', 'inv_freq', 'effective_num'}
-    if (args.loss == 'db' or computed) and not args.class_stats:
-        named = '--loss db' if args.loss == 'db' else f'The weight {min(computed)}'
+    if (loss == 'db' or computed) and not args.class_stats:
+        named = '--loss db' if loss == 'db' else f'The weight {min(computed)}'
         raise UserError(f'{named} needs --class-stats FILE: JSON with num_samples and pos_counts.')
-    if args.class_stats and not (args.loss == 'db' or computed):
+    if args.class_stats and not (loss == 'db' or computed):
         raise UserError('--class-stats does nothing without --loss db or a weight that is computed (neg_pos, inv_freq,'
                         ' effective_num).')
 
@@ -425,7 +430,7 @@ def _check_augmentation(args: argparse.Namespace) -> None:
     mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
     if mixed and any(size % 2 for size in args.train_batch_sizes or [args.batch_size]):
         raise UserError('--mixup and --cutmix need an even --batch-size.')
-    if mixed and args.loss == 'asl' and args.task != 'multilabel':
+    if mixed and loss_of(args) == 'asl' and args.task != 'multilabel':
         raise UserError('--loss asl takes one class per image: leave --mixup and --cutmix out.')
     if args.aug_splits == 1:
         raise UserError('--aug-splits must be at least 2.')

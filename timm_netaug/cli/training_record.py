@@ -14,7 +14,8 @@ from .train_flags import FREE_FLAGS, train_parser
 
 __all__ = ['baseline_metrics', 'detection_record', 'training_record']
 
-_PATHS = ('pretrained_path', 'initial_checkpoint', 'class_map')  # only the names of the files are of use to others
+# The location of these files is of no use to others.
+_PATHS = ('pretrained_path', 'initial_checkpoint', 'class_map', 'class_stats')
 # Flags that the evaluation needs, too.
 _DATASET = ('dataset', 'input_img_mode', 'input_key', 'target_key', 'task', 'target_format')
 

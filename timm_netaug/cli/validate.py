@@ -24,6 +24,7 @@ from .command_line import parse_args
 from .common_flags import data_source, target_of
 from .device import choose_device, mixed_precision
 from .evaluated_model import load_evaluated_model, pool_as_in_training
+from .flags import flag_name
 from .logs import set_up_logging
 from .results import bulk_entries, sort_results, write_results
 from .validate_flags import check_validate_args, validate_parser
@@ -60,6 +61,24 @@ def compile_model(model: nn.Module, args: argparse.Namespace) -> nn.Module:
             from functorch.compile import memory_efficient_fusion  # a large import, needed here only
             model = _FixedBatch(memory_efficient_fusion(model))
     return nn.DataParallel(model, device_ids=list(range(args.num_gpu))) if args.num_gpu > 1 else model
+
+
+def _target(args: argparse.Namespace, trained_with: str) -> str:
+    """Return what the targets are: the checkpoint or folder knows, for other models the flags say it.
+
+    Raises:
+        UserError: A flag contradicts the checkpoint, or does nothing for several labels.
+    """
+    if args.target_format != 'indices' and args.task != 'multilabel':
+        raise UserError('--target-format does nothing without --task multilabel.')
+    target = target_of(args) if trained_with == 'class' else trained_with
+    if args.target_format == 'dense' != target:
+        raise UserError(f'--target-format {args.target_format}: the model was trained with {trained_with}. Leave the'
+                        f' flag out.')
+    for dest in ('metrics_avg', 'valid_labels', 'real_labels'):
+        if target != 'class' and getattr(args, dest):
+            raise UserError(f'{flag_name(dest)} is for one class per image: leave the flag out.')
+    return target
 
 
 def validate_one(args: argparse.Namespace, parser: argparse.ArgumentParser, retry: bool) -> Dict[str, Any]:
@@ -104,7 +123,7 @@ def validate_one(args: argparse.Namespace, parser: argparse.ArgumentParser, retr
             channels_last=args.channels_last,
             compile=partial(compile_model, args=args),
             num_samples=args.num_samples,
-            target=target_of(args) if args.task == 'multilabel' else subject.target,
+            target=_target(args, subject.target),
             valid_labels=args.valid_labels,
             real_labels=args.real_labels,
             metrics_avg=args.metrics_avg,

@@ -8,8 +8,8 @@ from ..errors import UserError
 __all__ = ['require', 'versions']
 
 _NEEDED = {
-    'deploy': "`pip install -e '.[deploy]'` in the checkout installs it (about 1 GB beside PyTorch, and PyTorch must be older than"
-              " 2.15)",
+    'deploy': "`pip install -e '.[deploy]'` in the checkout installs it (about 1 GB beside PyTorch, and PyTorch must be"
+              " older than 2.15)",
     'onnx': "`pip install -e '.[onnx]'` in the checkout installs it (about 125 MB beside PyTorch)",
 }
 _DISTRIBUTIONS = {

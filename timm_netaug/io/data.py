@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 from dataclasses import dataclass
-from typing import Any, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 from PIL import Image
@@ -78,23 +78,25 @@ class WatchedImages(ImageDataset):
                 index = (index + 1) % len(self)
         else:
             raise RuntimeError(f'{self.limit + 1} images in a row cannot be read.')
+        if rest[0] is None:
+            rest[0] = -1
+        elif self.target_transform is not None:
+            with rewording(f'The label of {self.filename(index, absolute=True)} is wrong'):
+                rest[0] = self.target_transform(rest[0])
         return (image if self.transform is None else self.transform(image), *rest)
 
     def _read(self, index: int) -> Any:
-        """Read a sample without its transform: an error in the transform does not mean that the image is unreadable."""
+        """Read a sample without its transforms: an error in a transform does not mean that the image is unreadable."""
         if self.load_bytes:
-            transform, self.transform = self.transform, None
+            transforms = self.transform, self.target_transform
+            self.transform = self.target_transform = None
             try:
                 return super().__getitem__(index)
             finally:
-                self.transform = transform
+                self.transform, self.target_transform = transforms
         file, target, *features = self.reader[index]
         with file:
             image = eight_bits(Image.open(file)).convert(self.input_img_mode)
-        if target is None:
-            target = -1
-        elif self.target_transform is not None:
-            target = self.target_transform(target)
         return (image, target) if self.additional_features is None else (image, target, *features)
 
     def check(self) -> None:
@@ -157,7 +159,15 @@ def class_names(dataset: Any) -> Optional[List[str]]:
     """Return the names of a data set's classes in label order, None if it does not name them."""
     reader = getattr(dataset, 'reader', dataset)
     index = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)  # readers of archives
-    return [str(name) for name in sorted(index, key=index.get)] if index else None
+    if not index:
+        return None
+    names: Dict[int, str] = {}
+    for name, label in index.items():
+        names.setdefault(label, str(name))  # a class may have several names
+    if sorted(names) != list(range(len(names))):
+        raise UserError(f'The labels of the classes must be 0 to {len(names) - 1}, they are {sorted(names)[:5]} and so'
+                        f' on: correct the --class-map.')
+    return [names[label] for label in sorted(names)]
 
 
 def _mode(channels: int) -> str:
@@ -201,6 +211,9 @@ def open_dataset(source: DataSource, split: str, channels: int, target: str = 'c
         if importlib.util.find_spec(module) is None:
             raise UserError(f'--dataset {name} needs {package}: pip install {package}.')
     if target != 'class' and not name:
+        if source.class_map:
+            raise UserError('--class-map does nothing with --task multilabel: the header of labels.csv names the'
+                            ' classes.')
         dataset = ImageDataset(
             root, reader=LabelTable(root, split), input_img_mode=source.input_img_mode or _mode(channels))
         WatchedImages.watch(dataset)

@@ -5,7 +5,7 @@ from typing import Any, IO, List, Tuple
 
 from timm.data.readers.reader import Reader
 
-from ..errors import UserError
+from ..errors import UserError, rewording
 
 __all__ = ['LabelTable']
 
@@ -33,15 +33,18 @@ class LabelTable(Reader):
         if not os.path.isfile(path):
             raise UserError(f'--task multilabel: there is no table {path}. Its header is file_name and the names of the'
                             f' classes, and a row has 0 or 1 for every class. (For other data sets see --dataset.)')
-        with open(path, newline='', encoding='utf-8-sig') as f:
-            header, *rows = [row for row in csv.reader(f) if row] or [[]]
+        with rewording(f'{path} cannot be read', UnicodeDecodeError, csv.Error, hint='Save the table as UTF-8.'), \
+                open(path, newline='', encoding='utf-8-sig') as f:
+            reader = csv.reader(f)
+            rows = [(reader.line_num, row) for row in reader if row]
+        header = rows[0][1] if rows else []
         names = header[1:]
         if header[:1] != ['file_name'] or not names or len(set(names)) < len(names):
             raise UserError(f'{path}: the header must be file_name and the names of the classes, each of them once.')
         self.class_to_idx = {name: i for i, name in enumerate(names)}
         self.samples: List[Tuple[str, List[float]]] = [
             (os.path.join(self.root, row[0]), self._labels(path, number, row, names))
-            for number, row in enumerate(rows, 2)]
+            for number, row in rows[1:]]
         if not self.samples:
             raise UserError(f'{path} has no rows below its header.')
 

@@ -1,7 +1,7 @@
 """Write the checkpoints of `train.py` atomically, so that a killed run leaves no truncated checkpoint."""
 import os
 import shutil
-from typing import Any, Dict, Optional
+from typing import Any, Dict, NoReturn, Optional
 
 import torch
 from timm.task import TrainingTask
@@ -67,11 +67,15 @@ class AtomicSaver(CheckpointSaver):
         except (OSError, RuntimeError) as e:
             if os.path.exists(save_path):
                 os.remove(save_path)
-            if isinstance(e, RuntimeError) and 'inline_container' not in str(e) and 'StreamWriter' not in str(e):
-                raise  # not an error by which torch.save reports a full disk
-            raise self.full(e, save_path) from e
+            self._raise_full(e, save_path)
         finally:
             self.task = task
+
+    def _raise_full(self, error: Exception, path: str) -> NoReturn:
+        full_disk = any(part in str(error) for part in ('inline_container', 'StreamWriter'))  # of torch.save
+        if isinstance(error, RuntimeError) and not full_disk:
+            raise error
+        raise self.full(error, path) from error
 
     def full(self, error: Exception, path: Optional[str] = None) -> UserError:
         """Return the error for a file that cannot be written."""
@@ -94,8 +98,12 @@ class AtomicSaver(CheckpointSaver):
     def _duplicate(self, src, dst):
         src = next((temporary for temporary, last in self._late if last == src), src)
         if not os.path.basename(dst).startswith(_MILESTONE):
-            with atomic_write(dst, 'wb') as f:
-                torch.save({k: v for k, v in read_checkpoint(src).items() if k not in _FOR_RESUMING}, f)
+            small = {k: v for k, v in read_checkpoint(src).items() if k not in _FOR_RESUMING}
+            try:
+                with atomic_write(dst, 'wb') as f:
+                    torch.save(small, f)
+            except (OSError, RuntimeError) as e:
+                self._raise_full(e, dst)
             return
         temporary = f'{dst}.tmp'
         if os.path.exists(temporary):
