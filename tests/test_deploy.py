@@ -1,4 +1,5 @@
 """From a model to a file for microcontrollers: rewrites, repairs, sentences; and the chain, where its packages are."""
+import dataclasses
 import importlib.util
 import json
 import os
@@ -21,9 +22,10 @@ from timm_netaug.costs import costs, greedy_plan
 from timm_netaug.deploy.c_source import c_header, c_source
 from timm_netaug.deploy.images import batches, normalised, open_pixels, spread
 from timm_netaug.deploy.measure import from_camera
+from timm_netaug.deploy.onnx import deploy_onnx
 from timm_netaug.deploy.output import captured
 from timm_netaug.deploy.packages import require
-from timm_netaug.deploy.pipeline import DeployConfig, calibration_pixels, check_drop, read_deployment
+from timm_netaug.deploy.pipeline import DeployConfig, calibration_pixels, check_drop, deploy, read_deployment
 from timm_netaug.deploy.repair import inline_buffers, outside_buffers, strip
 from timm_netaug.deploy.report import card_section, text_table
 from timm_netaug.deploy.rewrite import on_pixels, with_same_kernels
@@ -264,6 +266,14 @@ def test_too_much_lost_is_refused():
     check_drop(60.0, 59.0, 1.0)
     with pytest.raises(UserError, match='has 58.90 % top-1 and the float model 60.00 %, 1.10 points more; 1 are'):
         check_drop(60.0, 58.9, 1.0)
+
+
+@pytest.mark.parametrize('run', [deploy, deploy_onnx])
+def test_multi_label_models_are_refused(run, pictures, tmp_path):
+    loaded = dataclasses.replace(load_model(NAME), target='indices')
+    with pytest.raises(UserError, match='A model is a multi-label model.*one class per image'):
+        run(loaded, 'A model', str(tmp_path / 'out'), DataSource(str(pictures)))
+    assert not (tmp_path / 'out').exists()
 
 
 def test_missing_extra(pictures, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from ..load import LoadedModel
 from .images import batches, open_pixels, spread
 from .output import captured
 from .packages import require, versions
-from .pipeline import DeployConfig, calibration_pixels, check_drop
+from .pipeline import DeployConfig, calibration_pixels, check_drop, check_single_label
 from .rewrite import on_pixels
 
 __all__ = ['deploy_onnx']
@@ -95,6 +95,7 @@ def deploy_onnx(
     Raises:
         UserError: A package is missing, the data set does not fit, or a file is not good. Nothing has been written.
     """
+    check_single_label(loaded, name)
     for module in ('onnx', 'onnxscript', 'onnxruntime'):
         require(module, 'onnx')
     model, data_config = loaded.model.eval(), loaded.data_config

@@ -24,7 +24,7 @@ from .repair import operator_names, read_model
 from .tflite import to_tflite
 from .tflm import Tflm, reference_outputs
 
-__all__ = ['DeployConfig', 'calibration_pixels', 'check_drop', 'deploy', 'read_deployment']
+__all__ = ['DeployConfig', 'calibration_pixels', 'check_drop', 'check_single_label', 'deploy', 'read_deployment']
 
 _FILE, _REPORT, _HEADER, _SOURCE = 'model.tflite', 'report.json', 'model.h', 'model.cc'
 
@@ -55,6 +55,17 @@ class DeployConfig:
     compared_images: int = 32
     max_steps: int = 1
     beside: Tuple[str, ...] = ()
+
+
+def check_single_label(loaded: LoadedModel, name: str) -> None:
+    """Refuse a model whose images have several labels.
+
+    Raises:
+        UserError: The model was trained with such images.
+    """
+    if loaded.target != 'class':
+        raise UserError(f'{name} is a multi-label model. `deploy` measures top-1 accuracy, which exists only for models'
+                        f' with one class per image: deploy a model that was trained without --task multilabel.')
 
 
 def calibration_pixels(loaded: LoadedModel, source: DataSource, config: DeployConfig) -> Tuple[np.ndarray, int]:
@@ -139,6 +150,7 @@ def deploy(
         UserError: A package is missing, the data set does not fit, an operator has no int8 form, or the file is not
             good. Nothing has been written.
     """
+    check_single_label(loaded, name)
     with captured():  # of warnings about hardware
         for module in ('litert_torch', 'ai_edge_quantizer.quantizer', 'tflite_micro'):
             require(module)
