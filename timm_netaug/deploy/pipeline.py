@@ -21,6 +21,7 @@ from .measure import from_camera, measure
 from .output import captured
 from .packages import require, versions
 from .repair import operator_names, read_model
+from .report import card_section
 from .tflite import to_tflite
 from .tflm import Tflm, reference_outputs
 
@@ -220,7 +221,7 @@ def read_deployment(folder: str, model: nn.Module) -> Tuple[Path, Dict[str, Any]
         The path of the file, and the report.
 
     Raises:
-        UserError: The folder holds no deployment, or one of other weights.
+        UserError: The folder holds no deployment, one of other weights, or one whose report is incomplete.
     """
     file = Path(folder, _FILE)
     try:
@@ -233,6 +234,11 @@ def read_deployment(folder: str, model: nn.Module) -> Tuple[Path, Dict[str, Any]
     if not whole or not same:
         what = 'its model.tflite is not the one of its report.json' if same else 'it was made of other weights'
         raise UserError(f'{folder} is not a deployment of this model: {what}. Deploy the model again.')
+    try:
+        card_section(report)
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f'{Path(folder, _REPORT)} is incomplete, so the model card cannot be written from it'
+                        f' ({type(e).__name__}: {first_line(e)}). Deploy the model again.') from e
     return file, report
 
 
