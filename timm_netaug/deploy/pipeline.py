@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch.nn as nn
@@ -25,7 +25,8 @@ from .report import card_section
 from .tflite import to_tflite
 from .tflm import Tflm, reference_outputs
 
-__all__ = ['DeployConfig', 'calibration_pixels', 'check_drop', 'check_single_label', 'deploy', 'read_deployment']
+__all__ = ['DeployConfig', 'calibration_pixels', 'check_drop', 'check_same_task', 'check_single_label', 'deploy',
+           'read_deployment']
 
 _FILE, _REPORT, _HEADER, _SOURCE = 'model.tflite', 'report.json', 'model.h', 'model.cc'
 
@@ -119,11 +120,35 @@ def check_drop(float_top1: float, int8_top1: float, max_drop: float) -> None:
                         f' --max-drop.')
 
 
-def _others(files: Sequence[str]) -> Dict[str, Tuple[bytes, Tflm]]:
-    others = {}
-    for path in files:
-        data = Path(path).read_bytes()
-        others[os.path.basename(path)] = data, Tflm(data, path)
+def check_same_task(file: Tflm, input_size: Sequence[int], num_classes: int) -> None:
+    """Refuse an int8 file whose input or output has another shape than that of the model.
+
+    Args:
+        input_size: Channels, height and width of the model's input.
+
+    Raises:
+        UserError: A shape differs.
+    """
+    channels, height, width = input_size
+    for what, found, expected in (('input', file.input_shape, (height, width, channels)),
+                                  ('output', file.output_shape, (num_classes,))):
+        if tuple(found) != expected:
+            raise UserError(f'--beside: the {what} of {file.name} has the shape {" x ".join(map(str, found))}, and that'
+                            f' of the model has {" x ".join(map(str, expected))}: name files for the same task and'
+                            f' input size.')
+
+
+def _others(files: Sequence[str], input_size: Sequence[int], num_classes: int) -> List[Tuple[str, bytes, Tflm]]:
+    """Return the name in the report, the bytes and the interpreter of each file."""
+    names, others = [os.path.basename(path) for path in files], []
+    for path, name in zip(files, names):
+        try:
+            data = Path(path).read_bytes()
+        except OSError as e:
+            raise UserError(f'--beside: {path} cannot be read ({e.strerror}): name a .tflite file.') from e
+        file = Tflm(data, path)
+        check_same_task(file, input_size, num_classes)
+        others.append((name if names.count(name) == 1 else path, data, file))
     return others
 
 
@@ -156,7 +181,7 @@ def deploy(
         for module in ('litert_torch', 'ai_edge_quantizer.quantizer', 'tflite_micro'):
             require(module)
     model, data_config = loaded.model.eval(), loaded.data_config
-    others = _others(config.beside)
+    others = _others(config.beside, data_config['input_size'], model.num_classes)
     evaluated = open_pixels(source, config.split, data_config, model.num_classes, loaded.class_names)
     indices, _ = spread(evaluated, config.images, config.seed)
     pixels, classes = calibration_pixels(loaded, source, config)
@@ -169,7 +194,7 @@ def deploy(
     compared = next(batches(evaluated, indices[:config.compared_images], config.compared_images))[0]
     steps = _compare(data, file, compared, config.max_steps)
     say(f'Measuring top-1 on {len(indices):,} images.')
-    accuracy = measure(model, file, evaluated, indices, data_config, [other for _, other in others.values()], say)
+    accuracy = measure(model, file, evaluated, indices, data_config, [other for _, _, other in others], say)
     check_drop(accuracy.float_top1, accuracy.int8_top1, config.max_drop)
     report = dict(
         model=name,
@@ -194,8 +219,8 @@ def deploy(
         calibration=dict(images=len(pixels), classes=classes, split=config.calibration_split, seed=config.seed),
         same_kernels=config.same_kernels,
         tflm_against_reference=dict(images=len(compared), steps=steps),
-        beside=[dict(file=path, bytes=len(content), top1=top1, arena=other.arena().to_dict())
-                for (path, (content, other)), top1 in zip(others.items(), accuracy.others)],
+        beside=[dict(file=other_name, bytes=len(content), top1=top1, arena=other.arena().to_dict())
+                for (other_name, content, other), top1 in zip(others, accuracy.others)],
         versions=versions(),
     )
     _write(Path(out_dir), data, report)
