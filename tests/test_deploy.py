@@ -159,6 +159,16 @@ def test_what_nothing_reads_is_dropped():
     assert model.buffers[1].size == 4
 
 
+@pytest.mark.parametrize('inputs, bias', [([2, 1, 0, 3], 3), ([2, 1, 0], None), ([2, 1, 0, -1], None)])
+def test_bias_of_transposed_convolutions(inputs, bias):
+    """It is the fourth input: the third one is the activation, which keeps its quantisation."""
+    model = flatbuffer()
+    model.subgraphs[0].operators[0].inputs = inputs
+    strip(model, ['TRANSPOSE_CONV'])
+    assert [i for i, t in enumerate(model.subgraphs[0].tensors) if t.quantization is None] == (
+        [] if bias is None else [bias])
+
+
 def test_greedy_plan():
     assert greedy_plan([]) == 0 and greedy_plan([(1, 0, 0)]) == 16
     # The largest one first, from 0; 48 beside it; 32 shares the time of 48 alone, and lies where the largest one was.
