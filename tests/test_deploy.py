@@ -256,6 +256,9 @@ def test_c_source():
                  'resolver.AddFullyConnected();', 'resolver.AddHardSwish();', 'kInputHeight = 8;', 'kInputWidth = 6;',
                  'kNumClasses = 2;', '(int8_t)(camera[i] - 128)', '0.25 * (value - (-3))'):
         assert part in header
+    rare = c_header(dict(REPORT, operators=dict(PADV2=1, BATCH_MATMUL=1)))
+    assert 'resolver.AddPadV2();' in rare and 'resolver.AddBatchMatMul();' in rare
+    assert '    "\U0001f431 Käse",\n' in c_source(data, dict(REPORT, class_names=['\U0001f431 Käse', 'c']))
     unnamed = dict(REPORT, class_names=None)
     assert 'kClassNames' not in c_source(data, unnamed) + c_header(unnamed)
 
@@ -264,6 +267,8 @@ def test_report_as_text():
     table, section = text_table(REPORT), card_section(REPORT)
     for part in ('59.50 %', '1,505 bytes', 'CONV_2D 3', 'other.tflite', 'at most 0 steps', '200 images of 2 classes'):
         assert part in table and part in section
+    unknown = dict(REPORT, calibration=dict(images=200, split='train', seed=0))
+    assert '200 images, train split' in text_table(unknown) and '200 images, train split' in card_section(unknown)
     assert section.startswith('## On a microcontroller\n') and 'tflite-micro 0' in section
 
 
@@ -290,6 +295,18 @@ def test_images_are_spread_over_the_classes(pictures):
         assert np.array_equal(pixels[0], np.asarray(image))
 
 
+def test_number_of_classes_may_be_unknown(pictures, monkeypatch):
+    """Data sets other than folders do not tell their labels before their images are read."""
+    indices, classes = spread(range(30), 20, 0)
+    assert len(set(indices)) == 20 and classes is None
+    loaded, config = load_model(NAME), DeployConfig(calibration_images=20, seed=1)
+    assert calibration_pixels(loaded, DataSource(str(pictures)), config)[1] == dict(
+        images=20, classes=10, split='train', seed=1)
+    monkeypatch.setattr('timm_netaug.deploy.images._labels', lambda dataset: None)
+    pixels, about = calibration_pixels(loaded, DataSource(str(pictures)), config)
+    assert len(pixels) == 20 and about == dict(images=20, split='train', seed=1)
+
+
 def test_calibration_images_of_one_class(pictures, tmp_path):
     loaded, config = load_model(NAME), DeployConfig(calibration_images=5)
     (tmp_path / 'train').mkdir()
@@ -307,9 +324,12 @@ def test_too_much_lost_is_refused():
 
 
 @pytest.mark.parametrize('run', [deploy, deploy_onnx])
-def test_multi_label_models_are_refused(run, pictures, tmp_path):
+def test_models_that_are_refused(run, pictures, tmp_path):
     loaded = dataclasses.replace(load_model(NAME), target='indices')
     with pytest.raises(UserError, match='A model is a multi-label model.*one class per image'):
+        run(loaded, 'A model', str(tmp_path / 'out'), DataSource(str(pictures)))
+    loaded = dataclasses.replace(load_model(NAME), class_names=CLASSES[:9])
+    with pytest.raises(UserError, match='A model has 10 classes, but names for 9'):
         run(loaded, 'A model', str(tmp_path / 'out'), DataSource(str(pictures)))
     assert not (tmp_path / 'out').exists()
 

@@ -25,7 +25,7 @@ from .report import card_section
 from .tflite import to_tflite
 from .tflm import Tflm, reference_outputs
 
-__all__ = ['DeployConfig', 'calibration_pixels', 'check_drop', 'check_same_task', 'check_single_label', 'deploy',
+__all__ = ['DeployConfig', 'calibration_pixels', 'check_classes', 'check_drop', 'check_same_task', 'deploy',
            'read_deployment']
 
 _FILE, _REPORT, _HEADER, _SOURCE = 'model.tflite', 'report.json', 'model.h', 'model.cc'
@@ -59,19 +59,24 @@ class DeployConfig:
     beside: Tuple[str, ...] = ()
 
 
-def check_single_label(loaded: LoadedModel, name: str) -> None:
-    """Refuse a model whose images have several labels.
+def check_classes(loaded: LoadedModel, name: str) -> None:
+    """Refuse a model whose images have several labels, or whose classes have too few or too many names.
 
     Raises:
-        UserError: The model was trained with such images.
+        UserError: The model is such a one.
     """
     if loaded.target != 'class':
         raise UserError(f'{name} is a multi-label model. `deploy` measures top-1 accuracy, which exists only for models'
                         f' with one class per image: deploy a model that was trained without --task multilabel.')
+    names, num_classes = loaded.class_names, loaded.model.num_classes
+    if names and len(names) != num_classes:
+        raise UserError(f'{name} has {num_classes} classes, but names for {len(names)} (label_names of its config.json):'
+                        f' give each class a name, or none.')
 
 
-def calibration_pixels(loaded: LoadedModel, source: DataSource, config: DeployConfig) -> Tuple[np.ndarray, int]:
-    """Return the pixels to calibrate with, and the number of their classes.
+def calibration_pixels(loaded: LoadedModel, source: DataSource, config: DeployConfig
+                       ) -> Tuple[np.ndarray, Dict[str, Any]]:
+    """Return the pixels to calibrate with, and what the report says of them. `classes` is absent where unknown.
 
     Raises:
         UserError: There are too few images, or all are of one class.
@@ -79,14 +84,16 @@ def calibration_pixels(loaded: LoadedModel, source: DataSource, config: DeployCo
     num_classes = loaded.model.num_classes
     dataset = open_pixels(source, config.calibration_split, loaded.data_config, num_classes, loaded.class_names)
     indices, classes = spread(dataset, config.calibration_images, config.seed)
-    if classes < 2 <= num_classes and getattr(getattr(dataset, 'reader', None), 'samples', None):
+    if classes is not None and classes < 2 <= num_classes:
         raise UserError(f'All {len(dataset)} images of the {config.calibration_split} split are of one class, and the'
                         f' model has {num_classes}: the ranges of the activations would be those of that class.'
                         f' Calibrate with a split of more classes (--calibration-split).')
     if len(indices) < 10:
         raise UserError(f'The {config.calibration_split} split has {len(indices)} images, which is too few to calibrate'
                         f' with: give at least 10, and better 200.')
-    return np.concatenate([pixels for pixels, _ in batches(dataset, indices)]), classes
+    pixels = np.concatenate([pixels for pixels, _ in batches(dataset, indices)])
+    return pixels, dict(images=len(pixels), **({} if classes is None else dict(classes=classes)),
+                        split=config.calibration_split, seed=config.seed)
 
 
 def _compare(data: bytes, file: Tflm, pixels: np.ndarray, max_steps: int) -> int:
@@ -176,7 +183,7 @@ def deploy(
         UserError: A package is missing, the data set does not fit, an operator has no int8 form, or the file is not
             good. Nothing has been written.
     """
-    check_single_label(loaded, name)
+    check_classes(loaded, name)
     with captured():  # of warnings about hardware
         for module in ('litert_torch', 'ai_edge_quantizer.quantizer', 'tflite_micro'):
             require(module)
@@ -184,7 +191,7 @@ def deploy(
     others = _others(config.beside, data_config['input_size'], model.num_classes)
     evaluated = open_pixels(source, config.split, data_config, model.num_classes, loaded.class_names)
     indices, _ = spread(evaluated, config.images, config.seed)
-    pixels, classes = calibration_pixels(loaded, source, config)
+    pixels, calibration = calibration_pixels(loaded, source, config)
     info = describe(model, data_config['input_size'], samples=1, same_kernels=config.same_kernels)
 
     say(f'Converting {name} and calibrating with {len(pixels)} images.')
@@ -216,7 +223,7 @@ def deploy(
         operators=dict(Counter(operator_names(read_model(data)))),
         input=dict(shape=list(file.input_shape), scale=file.input_scale, zero_point=file.input_zero_point),
         output=dict(scale=file.output_scale, zero_point=file.output_zero_point),
-        calibration=dict(images=len(pixels), classes=classes, split=config.calibration_split, seed=config.seed),
+        calibration=calibration,
         same_kernels=config.same_kernels,
         tflm_against_reference=dict(images=len(compared), steps=steps),
         beside=[dict(file=other_name, bytes=len(content), top1=top1, arena=other.arena().to_dict())
