@@ -148,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(206 if start else 200, rest, **headers)
 
     def commit(self, name, lines):
-        hub, files = self.server.hub, {}
+        hub, files, deleted = self.server.hub, {}, set()
         header = next(line['value'] for line in lines if line['key'] == 'header')
         if header.get('parentCommit', hub.at(name, 'main')[1]) != hub.at(name, 'main')[1]:
             return self.answer(412, {'error': 'the branch has moved on'})
@@ -157,7 +157,10 @@ class Handler(BaseHTTPRequestHandler):
                 files[line['value']['path']] = base64.b64decode(line['value']['content'])
             elif line['key'] == 'lfsFile':
                 files[line['value']['path']] = hub.blobs[line['value']['oid']]
-        hub.repos[name]['commits'].append((header['summary'], {**hub.at(name, 'main')[0], **files}))
+            elif line['key'] == 'deletedFile':
+                deleted.add(line['value']['path'])
+        kept = {k: v for k, v in hub.at(name, 'main')[0].items() if k not in deleted}
+        hub.repos[name]['commits'].append((header['summary'], {**kept, **files}))
         oid = hub.sha(name)
         self.answer(200, {'commitUrl': f'{hub.url}/{name}/commit/{oid}', 'commitOid': oid})
 

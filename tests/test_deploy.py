@@ -1,4 +1,5 @@
 """From a model to a file for microcontrollers: rewrites, repairs, sentences; and the chain, where its packages are."""
+import dataclasses
 import importlib.util
 import json
 import os
@@ -20,10 +21,12 @@ from timm_netaug.cli import info as info_command
 from timm_netaug.costs import costs, greedy_plan
 from timm_netaug.deploy.c_source import c_header, c_source
 from timm_netaug.deploy.images import batches, normalised, open_pixels, spread
-from timm_netaug.deploy.measure import from_camera
+from timm_netaug.deploy.measure import from_camera, measure, quantised
+from timm_netaug.deploy.onnx import deploy_onnx
 from timm_netaug.deploy.output import captured
 from timm_netaug.deploy.packages import require
-from timm_netaug.deploy.pipeline import DeployConfig, calibration_pixels, check_drop, read_deployment
+from timm_netaug.deploy.pipeline import (
+    DeployConfig, _others, calibration_pixels, check_drop, check_same_task, deploy, read_deployment)
 from timm_netaug.deploy.repair import inline_buffers, outside_buffers, strip
 from timm_netaug.deploy.report import card_section, text_table
 from timm_netaug.deploy.rewrite import on_pixels, with_same_kernels
@@ -83,6 +86,14 @@ def test_same_kernels_leave_other_convolutions_alone():
     assert model[3].kernel_size == (3, 3)
 
 
+def test_kernels_of_one_pixel_stay():
+    """A convolution without padding needs no padded copy: its kernel is written as it is, and costs what it did."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, 2), nn.Conv2d(4, 4, 3, 1, 1)).eval()
+    assert with_same_kernels(model, (3, 8, 8))[0].kernel_size == (1, 1)
+    found = [costs(model, (3, 8, 8), same_kernels) for same_kernels in (True, False)]
+    assert found[0].flash_bytes == found[1].flash_bytes and found[0].activation_bytes == found[1].activation_bytes
+
+
 def test_normalisation_is_in_the_model():
     model, config = make('netaug_mcunet').eval(), dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
@@ -90,6 +101,25 @@ def test_normalisation_is_in_the_model():
     # 1e-4: (x - mean) / std and x * (1 / std) - mean / std round differently
     torch.testing.assert_close(on_pixels(model, config)(x), model(normalised(pixels, config)), rtol=0, atol=1e-4)
     assert from_camera(pixels).min() == -128 and from_camera(pixels).max() == 127
+
+
+def test_input_of_other_files():
+    """A file of `deploy` takes pixels minus 128, another one normalised images."""
+    pixels = np.array([[[[0, 128, 255]]]], np.uint8)
+    config = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+    ours = SimpleNamespace(input_scale=np.float32(1 / 255), input_zero_point=-128)
+    assert quantised(pixels, config, ours).ravel().tolist() == [-128, 0, 127]
+    other = SimpleNamespace(input_scale=0.02, input_zero_point=10)
+    assert quantised(pixels, config, other).ravel().tolist() == [-40, 10, 60]
+
+
+def test_other_files_have_the_shapes_of_the_model():
+    file = SimpleNamespace(name='b.tflite', input_shape=(32, 32, 3), output_shape=(10,))
+    check_same_task(file, (3, 32, 32), 10)
+    with pytest.raises(UserError, match='the input of b.tflite has the shape 32 x 32 x 3, and that of the model.*48'):
+        check_same_task(file, (3, 48, 48), 10)
+    with pytest.raises(UserError, match='the output of b.tflite has the shape 10, and that of the model has 2'):
+        check_same_task(file, (3, 32, 32), 2)
 
 
 def flatbuffer():
@@ -127,6 +157,16 @@ def test_what_nothing_reads_is_dropped():
     assert graph.tensors[1].quantization.scale == [0.1, 0.2] and graph.tensors[1].quantization.min is None
     assert len(model.buffers) == 3 and [t.buffer for t in graph.tensors] == [0, 1, 2, 0]
     assert model.buffers[1].size == 4
+
+
+@pytest.mark.parametrize('inputs, bias', [([2, 1, 0, 3], 3), ([2, 1, 0], None), ([2, 1, 0, -1], None)])
+def test_bias_of_transposed_convolutions(inputs, bias):
+    """It is the fourth input: the third one is the activation, which keeps its quantisation."""
+    model = flatbuffer()
+    model.subgraphs[0].operators[0].inputs = inputs
+    strip(model, ['TRANSPOSE_CONV'])
+    assert [i for i, t in enumerate(model.subgraphs[0].tensors) if t.quantization is None] == (
+        [] if bias is None else [bias])
 
 
 def test_greedy_plan():
@@ -216,6 +256,9 @@ def test_c_source():
                  'resolver.AddFullyConnected();', 'resolver.AddHardSwish();', 'kInputHeight = 8;', 'kInputWidth = 6;',
                  'kNumClasses = 2;', '(int8_t)(camera[i] - 128)', '0.25 * (value - (-3))'):
         assert part in header
+    rare = c_header(dict(REPORT, operators=dict(PADV2=1, BATCH_MATMUL=1)))
+    assert 'resolver.AddPadV2();' in rare and 'resolver.AddBatchMatMul();' in rare
+    assert '    "\U0001f431 Käse",\n' in c_source(data, dict(REPORT, class_names=['\U0001f431 Käse', 'c']))
     unnamed = dict(REPORT, class_names=None)
     assert 'kClassNames' not in c_source(data, unnamed) + c_header(unnamed)
 
@@ -224,6 +267,8 @@ def test_report_as_text():
     table, section = text_table(REPORT), card_section(REPORT)
     for part in ('59.50 %', '1,505 bytes', 'CONV_2D 3', 'other.tflite', 'at most 0 steps', '200 images of 2 classes'):
         assert part in table and part in section
+    unknown = dict(REPORT, calibration=dict(images=200, split='train', seed=0))
+    assert '200 images, train split' in text_table(unknown) and '200 images, train split' in card_section(unknown)
     assert section.startswith('## On a microcontroller\n') and 'tflite-micro 0' in section
 
 
@@ -250,6 +295,18 @@ def test_images_are_spread_over_the_classes(pictures):
         assert np.array_equal(pixels[0], np.asarray(image))
 
 
+def test_number_of_classes_may_be_unknown(pictures, monkeypatch):
+    """Data sets other than folders do not tell their labels before their images are read."""
+    indices, classes = spread(range(30), 20, 0)
+    assert len(set(indices)) == 20 and classes is None
+    loaded, config = load_model(NAME), DeployConfig(calibration_images=20, seed=1)
+    assert calibration_pixels(loaded, DataSource(str(pictures)), config)[1] == dict(
+        images=20, classes=10, split='train', seed=1)
+    monkeypatch.setattr('timm_netaug.deploy.images._labels', lambda dataset: None)
+    pixels, about = calibration_pixels(loaded, DataSource(str(pictures)), config)
+    assert len(pixels) == 20 and about == dict(images=20, split='train', seed=1)
+
+
 def test_calibration_images_of_one_class(pictures, tmp_path):
     loaded, config = load_model(NAME), DeployConfig(calibration_images=5)
     (tmp_path / 'train').mkdir()
@@ -264,6 +321,17 @@ def test_too_much_lost_is_refused():
     check_drop(60.0, 59.0, 1.0)
     with pytest.raises(UserError, match='has 58.90 % top-1 and the float model 60.00 %, 1.10 points more; 1 are'):
         check_drop(60.0, 58.9, 1.0)
+
+
+@pytest.mark.parametrize('run', [deploy, deploy_onnx])
+def test_models_that_are_refused(run, pictures, tmp_path):
+    loaded = dataclasses.replace(load_model(NAME), target='indices')
+    with pytest.raises(UserError, match='A model is a multi-label model.*one class per image'):
+        run(loaded, 'A model', str(tmp_path / 'out'), DataSource(str(pictures)))
+    loaded = dataclasses.replace(load_model(NAME), class_names=CLASSES[:9])
+    with pytest.raises(UserError, match='A model has 10 classes, but names for 9'):
+        run(loaded, 'A model', str(tmp_path / 'out'), DataSource(str(pictures)))
+    assert not (tmp_path / 'out').exists()
 
 
 def test_missing_extra(pictures, tmp_path, monkeypatch):
@@ -339,6 +407,21 @@ def test_chain(deployed, pictures, capsys):
     with pytest.raises(SystemExit, match='broken.tflite has 1 buffers behind the flatbuffer, which TensorFlow Lite'):
         deploy_command.main([NAME, str(deployed.parent / 'x'), '--data-dir', str(pictures), '--beside', str(broken)])
     assert not (deployed.parent / 'x').exists()
+
+
+@needs_extra
+def test_files_beside_of_one_name(deployed, pictures, tmp_path):
+    """Each is measured, and a file of `deploy` has the accuracy that its own report gives."""
+    copy = tmp_path / 'model.tflite'
+    copy.write_bytes((deployed / 'model.tflite').read_bytes())
+    files, loaded = [str(deployed / 'model.tflite'), str(copy)], load_model(NAME)
+    others = _others(files, (3, 32, 32), 10)
+    assert [name for name, _, _ in others] == files and _others(files[:1], (3, 32, 32), 10)[0][0] == 'model.tflite'
+    dataset = open_pixels(DataSource(str(pictures)), 'validation', loaded.data_config, 10, loaded.class_names)
+    found = measure(loaded.model, others[0][2], dataset, range(20), loaded.data_config, [o for _, _, o in others])
+    assert found.others == [found.int8_top1] * 2
+    with pytest.raises(UserError, match='--beside: .*none.tflite cannot be read'):
+        _others([str(tmp_path / 'none.tflite')], (3, 32, 32), 10)
 
 
 def with_outside_buffer(data):

@@ -1,4 +1,5 @@
 """Push, pull and convert: the true client of the Hub over HTTP, against a server on the loopback address."""
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import MODELS, ROOT, SHARED, images, make, readme_block, run_python
 from hub_server import serve
+from test_deploy import REPORT
 from test_reference import FILES, reference_names
 from timm_netaug import card as card_module
 from timm_netaug import hub as hub_module
@@ -27,6 +29,7 @@ from timm_netaug.cli import validate as validate_command
 from timm_netaug.cli.command_line import parse_args
 from timm_netaug.cli.train_flags import FREE_FLAGS, train_parser
 from timm_netaug.cli.build import set_up_model, set_up_teacher
+from timm_netaug.deploy.pipeline import _weights_hash
 from timm_netaug.errors import UserError
 from timm_netaug.io.folder import export_folder
 from timm_netaug.io.run import RunDescription
@@ -175,6 +178,31 @@ def test_second_push(hub, checkpoint, model, folder):
     assert torch.equal(logits(loaded), logits(other)) and not torch.equal(logits(loaded), logits(model))
     old = timm.create_model(f'hf-hub:{REPO}@{hub.sha(REPO, 0)}', pretrained=True)
     assert torch.equal(logits(old), logits(model))
+
+
+def deployment(folder, model, **changes):
+    """Write what a push reads of a deployment: an int8 file, which is not run, and its report."""
+    folder.mkdir(exist_ok=True)
+    (folder / 'model.tflite').write_bytes(b'int8')
+    report = dict(REPORT, sha256=hashlib.sha256(b'int8').hexdigest(), weights_sha256=_weights_hash(model), **changes)
+    (folder / 'report.json').write_text(json.dumps(report))
+    return folder
+
+
+def test_int8_file_belongs_to_the_weights(hub, checkpoint, model, tmp_path):
+    """A push without --deployed removes the int8 file and the section of the card that an earlier push added."""
+    deployed, out = deployment(tmp_path / 'deployed', model), tmp_path / 'out'
+    for target in ((), ('--dry-run', out)):
+        run('push', checkpoint, REPO, '--deployed', deployed, *target)
+    assert hub.files(REPO)['model.tflite'] == (out / 'model.tflite').read_bytes() == b'int8'
+    assert 'On a microcontroller' in hub.files(REPO)['README.md'].decode()
+    shutil.copytree(out, tmp_path / 'pulled')
+    for target in ((), ('--dry-run', out)):
+        run('push', tmp_path / 'pulled', REPO, *target)
+    assert sorted(hub.files(REPO)) == sorted(os.listdir(out)) == ['README.md', 'config.json', 'model.safetensors']
+    assert 'On a microcontroller' not in hub.files(REPO)['README.md'].decode() + (out / 'README.md').read_text()
+    deployment(deployed, model, arena={})
+    assert 'report.json is incomplete' in refusal('push', checkpoint, REPO, '--deployed', deployed)
 
 
 def test_dry_run(server, checkpoint, model, tmp_path, monkeypatch):

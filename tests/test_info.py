@@ -15,7 +15,9 @@ from conftest import MODELS, generator, images, make, make_supernet
 from timm_netaug import NetAugConfig, augment
 from timm_netaug.cli import info
 from timm_netaug.cli.curves import write_curves
+from timm_netaug.detection import create_detector, export_detector
 from timm_netaug.errors import UserError
+from timm_netaug.fits import Board, check_fits
 from timm_netaug.info import describe, stages
 from timm_netaug.io.folder import export_folder
 from timm_netaug.io.run import RunDescription
@@ -238,6 +240,35 @@ def series(path, monkeypatch, *args):
     assert out.read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
     assert sorted(p.name for p in path.parent.iterdir()) == sorted([path.name, out.name])
     return [{line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()} for axes in figures[0].axes]
+
+
+def test_largest_input_of_a_detector(tmp_path, capsys):
+    """It is a multiple of 32, and may be larger than the smaller side of an input that does not fit."""
+    export_detector(create_detector('test_efficientnet', 3, (64, 160)), tmp_path / 'detector')
+    info.main([str(tmp_path / 'detector'), '--json', '--samples', '1'])
+    arena = json.loads(capsys.readouterr().out)['arena_bytes']
+    with pytest.raises(SystemExit, match=r'in steps of 32 pixels, is 96 x 96 \(--img-size 96\)'):
+        info.main([str(tmp_path / 'detector'), '--fits', str(arena - 1), '4M', '--samples', '1'])
+    with pytest.raises(SystemExit, match='no smaller input fits either, in steps of 32 pixels'):
+        info.main([str(tmp_path / 'detector'), '--fits', '1K', '4M', '--samples', '1'])
+
+
+def test_largest_input_of_a_model_that_takes_few_sizes():
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, x):
+            if x.shape[-1] not in (24, 56, 64):
+                raise ValueError('another size')
+            return self.conv(x).mean((2, 3))
+
+    model = Picky()
+    for above, side in ((64, 56), (56, 24)):
+        arena = describe(model, (3, above, above), samples=1)['arena_bytes']
+        with pytest.raises(UserError, match=f'is {side} x {side} '):
+            check_fits(model, describe(model, (3, 64, 64), samples=1), Board(arena - 1, 1 << 20))
 
 
 def test_curves(tmp_path, monkeypatch):

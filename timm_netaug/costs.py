@@ -143,7 +143,7 @@ def _window(node: Node, same_kernels: bool) -> Optional[Tuple[List[int], List[in
     stride = _pair(arguments.get('stride') or (1 if _op(node) in _LAYERS else kernel))
     padding, dilation = _pair(arguments.get('padding') or 0), _pair(arguments.get('dilation') or 1)
     widened = (same_kernels and _op(node) in _LAYERS and stride == (2, 2) and dilation == (1, 1)
-               and all(k % 2 and p == k // 2 for k, p in zip(kernel, padding)))
+               and padding != (0, 0) and all(k % 2 and p == k // 2 for k, p in zip(kernel, padding)))
     if widened:  # see deploy.rewrite.with_same_kernels
         kernel = [k + (side % 2 == 0) for k, side in zip(kernel, sides)]
     needed = [max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0) for n, s, d, k in zip(sides, stride, dilation, kernel)]

@@ -106,14 +106,19 @@ def open_split(
         names: Optional[Sequence[str]],
         num_classes: int,
         valid_labels: str = '',
+        target: str = 'class',
         **kwargs: Any,
 ) -> Tuple[Any, Optional[List[int]]]:
     """Open a split. Return the data set, and the model's class of each of its labels (None if both are equal).
 
+    Args:
+        target: Kind of targets, see `open_dataset`.
+        kwargs: Further arguments of `open_dataset`.
+
     Raises:
         UserError: The split cannot be opened, or its classes do not fit the model.
     """
-    dataset = open_dataset(source, split, **kwargs)
+    dataset = open_dataset(source, split, target=target, **kwargs)
     check_split(dataset, source.data_dir, split, required=False)
     classes = class_names(dataset)
     if valid_labels:
@@ -124,7 +129,7 @@ def open_split(
             raise UserError(f'--valid-labels does not list the classes of the data set in its order, which is'
                             f' {", ".join(classes[:5])} and so on.')
         return dataset, valid
-    if kwargs['target'] != 'class':
+    if target != 'class':
         if names and classes and classes != list(names):
             raise UserError('The data set has other classes than the model, or the same classes in another order.')
         return dataset, None
@@ -134,7 +139,7 @@ def open_split(
         if unknown:
             raise UserError(f'The data set has classes that the model does not know: {", ".join(unknown[:5])}.')
         source = replace(source, class_map={name: i for i, name in enumerate(names)})
-        dataset = open_dataset(source, split, **kwargs)
+        dataset = open_dataset(source, split, target=target, **kwargs)
     if classes and len(classes) == 1 < num_classes and not names:
         raise UserError(f'The data set has one class, {classes[0]}, but the model has {num_classes}: put the images of'
                         f' each class into a folder of their own.')

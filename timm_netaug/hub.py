@@ -8,7 +8,7 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 
 import torch
 import torch.nn as nn
-from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import save_file
 
@@ -23,6 +23,7 @@ from .load import LoadedModel, load_model
 __all__ = ['CARD', 'TOLERANCE', 'check_target', 'commit', 'pull', 'push']
 
 CARD = 'README.md'
+TFLITE = 'model.tflite'  # the int8 file that `push --deployed` adds
 TOLERANCE = 0.1  # percentage points, because kernels may sum in another order
 
 
@@ -31,7 +32,7 @@ def _say(text: str) -> None:
 
 
 def _check_out_dir(out_dir: str) -> None:
-    known = {WEIGHTS, CONFIG, CARD, 'model.tflite'}
+    known = {WEIGHTS, CONFIG, CARD, TFLITE}
     others = set(os.listdir(out_dir)) - known if os.path.isdir(out_dir) else ()
     if others:
         raise UserError(f'{out_dir} holds other files ({min(others)}): name an empty folder or a new one.')
@@ -120,13 +121,18 @@ def check_target(repo_id: str, revision: Optional[str], private: bool, architect
 
 
 def commit(folder: Path, repo: str, revision: Optional[str], private: bool, parent: Optional[str]) -> str:
-    """Upload the folder's files as one commit, and return its address."""
+    """Upload the folder's files as one commit, and return its address.
+
+    The commit deletes the int8 file of an earlier push where the folder has none: that file has other weights.
+    """
     api = HfApi(library_name='timm_netaug')
     files = [CommitOperationAdd(file.relative_to(folder).as_posix(), str(file))
              for file in sorted(folder.rglob('*')) if file.is_file()]
     with hub_errors(repo, revision):
         if parent is None:
             api.create_repo(repo, private=private or None, exist_ok=True)
+        elif not (folder / TFLITE).exists() and api.file_exists(repo, TFLITE, revision=parent):
+            files.append(CommitOperationDelete(TFLITE))
         return api.create_commit(
             repo,
             files,
@@ -192,6 +198,8 @@ def push(
         (folder / CARD).write_text(model_card(loaded.model, config, name), encoding='utf-8')
         if dry_run:
             copy_files(folder, dry_run)
+            if not (folder / TFLITE).exists():
+                Path(dry_run, TFLITE).unlink(missing_ok=True)  # of an earlier dry run, with other weights
             _say(f'Written to {dry_run}. Nothing was pushed.')
             return
         _say(f'Pushing {", ".join(sorted(os.listdir(folder)))} to {repo}.')

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     flag('--max-steps', type=int, default=default.max_steps, metavar='N',
          help='steps by which the outputs may differ from those of the reference kernels (%(default)s)')
     flag('--beside', nargs='+', default=(), metavar='FILE',
-         help='other int8 .tflite files, which take normalised images, to measure in the same run')
+         help='other int8 .tflite files to measure in the same run: of `deploy`, or with normalised images as input')
     flag('--fits', nargs=2, metavar=('SRAM', 'FLASH'),
          help='exit with an error if the measured arena or file is larger, as in --fits 320K 1M')
     flag('--model', metavar='NAME', help='architecture of a file that does not say it')

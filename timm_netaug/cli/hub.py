@@ -62,6 +62,7 @@ def _push(args: argparse.Namespace) -> None:
         return
     loaded = _load(args)
     facts, files = _facts(args, loaded), []
+    facts.pop('deployed', None)  # of an earlier push, whose int8 file is not pushed again
     if args.deployed:
         file, facts['deployed'] = read_deployment(args.deployed, loaded.model)
         files = [file]

@@ -5,6 +5,7 @@ from typing import Any, Dict, Optional, Sequence
 
 from ..config import NetAugConfig, split_fields
 from ..detection.detector import Detector
+from ..detection.fcos import STRIDES
 from ..detection.folder import load_trained
 from ..errors import UserError, exit_on_user_error, rewording
 from ..fits import check_fits, parse_board
@@ -108,4 +109,5 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(_report(info, args.layers))
     if board:
         with exit_on_user_error('timm_netaug info'):
-            check_fits(loaded.model, info, board, same_kernels=not args.no_same_kernels)
+            step = dict(step=STRIDES[-1]) if detector is not None else {}
+            check_fits(loaded.model, info, board, same_kernels=not args.no_same_kernels, **step)

@@ -5,11 +5,15 @@ from typing import Any, Mapping
 __all__ = ['c_header', 'c_source']
 
 _PER_LINE = 16
+_ADDERS = {  # where TensorFlow Lite Micro's method has another name than the rule of _adder() makes
+    'BATCH_MATMUL': 'AddBatchMatMul', 'CUMSUM': 'AddCumSum', 'PADV2': 'AddPadV2',
+    'UNIDIRECTIONAL_SEQUENCE_LSTM': 'AddUnidirectionalSequenceLSTM',
+}
 
 
 def _adder(operator: str) -> str:
     """Return the call that registers an operator: CONV_2D is `AddConv2D()`."""
-    return 'Add' + ''.join(part.title() for part in operator.split('_')) + '()'
+    return _ADDERS.get(operator, 'Add' + ''.join(part.title() for part in operator.split('_'))) + '()'
 
 
 def c_header(report: Mapping[str, Any]) -> str:
@@ -61,11 +65,11 @@ extern const unsigned int g_model_len;
 
 
 def c_source(data: bytes, report: Mapping[str, Any]) -> str:
-    """Return `model.cc`: the bytes of the file, and the names of the classes."""
+    """Return `model.cc`, to be written as UTF-8: the bytes of the file, and the names of the classes."""
     rows = (data[i:i + _PER_LINE] for i in range(0, len(data), _PER_LINE))
     text = '\n'.join('    ' + ', '.join(f'0x{byte:02x}' for byte in row) + ',' for row in rows)
     names = report['class_names']
-    listed = '\n'.join(f'    {json.dumps(name)},' for name in names or ())
+    listed = '\n'.join(f'    {json.dumps(name, ensure_ascii=False)},' for name in names or ())
     classes = f'\nconst char* const kClassNames[kNumClasses] = {{\n{listed}\n}};\n' if names else ''
     return (f'// {report["model"]}: see model.h.\n#include "model.h"\n\n'
             f'alignas(16) const unsigned char g_model[] = {{\n{text}\n}};\n'

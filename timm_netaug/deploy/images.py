@@ -38,12 +38,13 @@ def open_pixels(
     return dataset
 
 
-def _labels(dataset: Any) -> List[int]:
+def _labels(dataset: Any) -> Optional[List[int]]:
+    """Return the labels of a folder of images, None for other data sets, whose labels only come with the images."""
     samples = getattr(getattr(dataset, 'reader', None), 'samples', None)
-    return [int(sample[1]) for sample in samples] if samples else [0] * len(dataset)
+    return [int(sample[1]) for sample in samples] if samples else None
 
 
-def spread(dataset: Any, count: int, seed: int) -> Tuple[List[int], int]:
+def spread(dataset: Any, count: int, seed: int) -> Tuple[List[int], Optional[int]]:
     """Draw samples of a data set, as many of one class as of another as far as there are so many.
 
     Args:
@@ -51,16 +52,17 @@ def spread(dataset: Any, count: int, seed: int) -> Tuple[List[int], int]:
         seed: Of the drawing.
 
     Returns:
-        Indices of the samples, and the number of their classes.
+        Indices of the samples, and the number of their classes, None where the labels are unknown.
     """
     generator = np.random.default_rng(seed)
     places: Dict[int, List[int]] = {}
-    for index, label in enumerate(_labels(dataset)):
+    labels = _labels(dataset)
+    for index, label in enumerate(labels or [0] * len(dataset)):
         places.setdefault(label, []).append(index)
     drawn = [(rank, generator.random(), int(index))
              for indices in places.values() for rank, index in enumerate(generator.permutation(indices))]
     chosen = sorted(drawn)[:count or None]
-    return sorted(index for _, _, index in chosen), len(places)
+    return sorted(index for _, _, index in chosen), len(places) if labels else None
 
 
 def batches(dataset: Any, indices: Sequence[int], size: int = 64) -> Iterator[Tuple[np.ndarray, np.ndarray]]:

@@ -37,7 +37,13 @@ def from_camera(pixels: np.ndarray) -> np.ndarray:
 
 
 def quantised(pixels: np.ndarray, data_config: Mapping[str, Any], file: Tflm) -> np.ndarray:
-    """Return the int8 input of a file that takes normalised images."""
+    """Return the int8 input that a file takes, of `deploy` or of another program.
+
+    A file that `deploy` has written takes the pixel minus 128: its scale is 1 / 255 and its zero point -128. Any other
+    file takes normalised images.
+    """
+    if file.input_zero_point == -128 and abs(255 * file.input_scale - 1) < 0.01:
+        return from_camera(pixels)
     values = normalised(pixels, data_config).permute(0, 2, 3, 1).numpy() / file.input_scale + file.input_zero_point
     return np.clip(np.round(values), -128, 127).astype(np.int8)
 
@@ -59,7 +65,7 @@ def measure(
         file: Takes pixels minus 128.
         dataset: See `open_pixels`.
         indices: Of the images.
-        others: Further files, which take normalised images.
+        others: Further files, whose input is that of `quantised`.
         say: Is called with a line of progress now and then, where no bar is shown.
     """
     counts: Dict[str, int] = dict(float=0, int8=0, agree=0)

@@ -20,7 +20,7 @@ from ..load import LoadedModel
 from .images import batches, open_pixels, spread
 from .output import captured
 from .packages import require, versions
-from .pipeline import DeployConfig, calibration_pixels, check_drop
+from .pipeline import DeployConfig, calibration_pixels, check_classes, check_drop
 from .rewrite import on_pixels
 
 __all__ = ['deploy_onnx']
@@ -95,12 +95,13 @@ def deploy_onnx(
     Raises:
         UserError: A package is missing, the data set does not fit, or a file is not good. Nothing has been written.
     """
+    check_classes(loaded, name)
     for module in ('onnx', 'onnxscript', 'onnxruntime'):
         require(module, 'onnx')
     model, data_config = loaded.model.eval(), loaded.data_config
     evaluated = open_pixels(source, config.split, data_config, model.num_classes, loaded.class_names)
     indices, _ = spread(evaluated, config.images, config.seed)
-    pixels, classes = calibration_pixels(loaded, source, config)
+    pixels, calibration = calibration_pixels(loaded, source, config)
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, file) for file in (_FLOAT, _INT8)]
         say(f'Writing {name} as ONNX and calibrating with {len(pixels)} images.')
@@ -126,9 +127,7 @@ def deploy_onnx(
             model=name, float_top1=top1['float'], int8_top1=top1['int8'], images=len(indices), split=config.split,
             largest_difference_of_a_logit=difference, class_names=loaded.class_names and list(loaded.class_names),
             bytes={path.name: path.stat().st_size for path in paths},
-            input='pixels divided by 255, 1 x C x H x W', calibration=dict(
-                images=len(pixels), classes=classes, split=config.calibration_split, seed=config.seed),
-            versions=versions('onnx'))
+            input='pixels divided by 255, 1 x C x H x W', calibration=calibration, versions=versions('onnx'))
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         for path in paths:
             with atomic_write(Path(out_dir, path.name), 'wb') as f:

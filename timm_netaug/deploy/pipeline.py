@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch.nn as nn
@@ -21,10 +21,12 @@ from .measure import from_camera, measure
 from .output import captured
 from .packages import require, versions
 from .repair import operator_names, read_model
+from .report import card_section
 from .tflite import to_tflite
 from .tflm import Tflm, reference_outputs
 
-__all__ = ['DeployConfig', 'calibration_pixels', 'check_drop', 'deploy', 'read_deployment']
+__all__ = ['DeployConfig', 'calibration_pixels', 'check_classes', 'check_drop', 'check_same_task', 'deploy',
+           'read_deployment']
 
 _FILE, _REPORT, _HEADER, _SOURCE = 'model.tflite', 'report.json', 'model.h', 'model.cc'
 
@@ -57,8 +59,24 @@ class DeployConfig:
     beside: Tuple[str, ...] = ()
 
 
-def calibration_pixels(loaded: LoadedModel, source: DataSource, config: DeployConfig) -> Tuple[np.ndarray, int]:
-    """Return the pixels to calibrate with, and the number of their classes.
+def check_classes(loaded: LoadedModel, name: str) -> None:
+    """Refuse a model whose images have several labels, or whose classes have too few or too many names.
+
+    Raises:
+        UserError: The model is such a one.
+    """
+    if loaded.target != 'class':
+        raise UserError(f'{name} is a multi-label model. `deploy` measures top-1 accuracy, which exists only for models'
+                        f' with one class per image: deploy a model that was trained without --task multilabel.')
+    names, num_classes = loaded.class_names, loaded.model.num_classes
+    if names and len(names) != num_classes:
+        raise UserError(f'{name} has {num_classes} classes, but names for {len(names)} (label_names of its config.json):'
+                        f' give each class a name, or none.')
+
+
+def calibration_pixels(loaded: LoadedModel, source: DataSource, config: DeployConfig
+                       ) -> Tuple[np.ndarray, Dict[str, Any]]:
+    """Return the pixels to calibrate with, and what the report says of them. `classes` is absent where unknown.
 
     Raises:
         UserError: There are too few images, or all are of one class.
@@ -66,14 +84,16 @@ def calibration_pixels(loaded: LoadedModel, source: DataSource, config: DeployCo
     num_classes = loaded.model.num_classes
     dataset = open_pixels(source, config.calibration_split, loaded.data_config, num_classes, loaded.class_names)
     indices, classes = spread(dataset, config.calibration_images, config.seed)
-    if classes < 2 <= num_classes and getattr(getattr(dataset, 'reader', None), 'samples', None):
+    if classes is not None and classes < 2 <= num_classes:
         raise UserError(f'All {len(dataset)} images of the {config.calibration_split} split are of one class, and the'
                         f' model has {num_classes}: the ranges of the activations would be those of that class.'
                         f' Calibrate with a split of more classes (--calibration-split).')
     if len(indices) < 10:
         raise UserError(f'The {config.calibration_split} split has {len(indices)} images, which is too few to calibrate'
                         f' with: give at least 10, and better 200.')
-    return np.concatenate([pixels for pixels, _ in batches(dataset, indices)]), classes
+    pixels = np.concatenate([pixels for pixels, _ in batches(dataset, indices)])
+    return pixels, dict(images=len(pixels), **({} if classes is None else dict(classes=classes)),
+                        split=config.calibration_split, seed=config.seed)
 
 
 def _compare(data: bytes, file: Tflm, pixels: np.ndarray, max_steps: int) -> int:
@@ -107,11 +127,35 @@ def check_drop(float_top1: float, int8_top1: float, max_drop: float) -> None:
                         f' --max-drop.')
 
 
-def _others(files: Sequence[str]) -> Dict[str, Tuple[bytes, Tflm]]:
-    others = {}
-    for path in files:
-        data = Path(path).read_bytes()
-        others[os.path.basename(path)] = data, Tflm(data, path)
+def check_same_task(file: Tflm, input_size: Sequence[int], num_classes: int) -> None:
+    """Refuse an int8 file whose input or output has another shape than that of the model.
+
+    Args:
+        input_size: Channels, height and width of the model's input.
+
+    Raises:
+        UserError: A shape differs.
+    """
+    channels, height, width = input_size
+    for what, found, expected in (('input', file.input_shape, (height, width, channels)),
+                                  ('output', file.output_shape, (num_classes,))):
+        if tuple(found) != expected:
+            raise UserError(f'--beside: the {what} of {file.name} has the shape {" x ".join(map(str, found))}, and that'
+                            f' of the model has {" x ".join(map(str, expected))}: name files for the same task and'
+                            f' input size.')
+
+
+def _others(files: Sequence[str], input_size: Sequence[int], num_classes: int) -> List[Tuple[str, bytes, Tflm]]:
+    """Return the name in the report, the bytes and the interpreter of each file."""
+    names, others = [os.path.basename(path) for path in files], []
+    for path, name in zip(files, names):
+        try:
+            data = Path(path).read_bytes()
+        except OSError as e:
+            raise UserError(f'--beside: {path} cannot be read ({e.strerror}): name a .tflite file.') from e
+        file = Tflm(data, path)
+        check_same_task(file, input_size, num_classes)
+        others.append((name if names.count(name) == 1 else path, data, file))
     return others
 
 
@@ -139,14 +183,15 @@ def deploy(
         UserError: A package is missing, the data set does not fit, an operator has no int8 form, or the file is not
             good. Nothing has been written.
     """
+    check_classes(loaded, name)
     with captured():  # of warnings about hardware
         for module in ('litert_torch', 'ai_edge_quantizer.quantizer', 'tflite_micro'):
             require(module)
     model, data_config = loaded.model.eval(), loaded.data_config
-    others = _others(config.beside)
+    others = _others(config.beside, data_config['input_size'], model.num_classes)
     evaluated = open_pixels(source, config.split, data_config, model.num_classes, loaded.class_names)
     indices, _ = spread(evaluated, config.images, config.seed)
-    pixels, classes = calibration_pixels(loaded, source, config)
+    pixels, calibration = calibration_pixels(loaded, source, config)
     info = describe(model, data_config['input_size'], samples=1, same_kernels=config.same_kernels)
 
     say(f'Converting {name} and calibrating with {len(pixels)} images.')
@@ -156,7 +201,7 @@ def deploy(
     compared = next(batches(evaluated, indices[:config.compared_images], config.compared_images))[0]
     steps = _compare(data, file, compared, config.max_steps)
     say(f'Measuring top-1 on {len(indices):,} images.')
-    accuracy = measure(model, file, evaluated, indices, data_config, [other for _, other in others.values()], say)
+    accuracy = measure(model, file, evaluated, indices, data_config, [other for _, _, other in others], say)
     check_drop(accuracy.float_top1, accuracy.int8_top1, config.max_drop)
     report = dict(
         model=name,
@@ -178,11 +223,11 @@ def deploy(
         operators=dict(Counter(operator_names(read_model(data)))),
         input=dict(shape=list(file.input_shape), scale=file.input_scale, zero_point=file.input_zero_point),
         output=dict(scale=file.output_scale, zero_point=file.output_zero_point),
-        calibration=dict(images=len(pixels), classes=classes, split=config.calibration_split, seed=config.seed),
+        calibration=calibration,
         same_kernels=config.same_kernels,
         tflm_against_reference=dict(images=len(compared), steps=steps),
-        beside=[dict(file=path, bytes=len(content), top1=top1, arena=other.arena().to_dict())
-                for (path, (content, other)), top1 in zip(others.items(), accuracy.others)],
+        beside=[dict(file=other_name, bytes=len(content), top1=top1, arena=other.arena().to_dict())
+                for (other_name, content, other), top1 in zip(others, accuracy.others)],
         versions=versions(),
     )
     _write(Path(out_dir), data, report)
@@ -208,7 +253,7 @@ def read_deployment(folder: str, model: nn.Module) -> Tuple[Path, Dict[str, Any]
         The path of the file, and the report.
 
     Raises:
-        UserError: The folder holds no deployment, or one of other weights.
+        UserError: The folder holds no deployment, one of other weights, or one whose report is incomplete.
     """
     file = Path(folder, _FILE)
     try:
@@ -221,6 +266,11 @@ def read_deployment(folder: str, model: nn.Module) -> Tuple[Path, Dict[str, Any]
     if not whole or not same:
         what = 'its model.tflite is not the one of its report.json' if same else 'it was made of other weights'
         raise UserError(f'{folder} is not a deployment of this model: {what}. Deploy the model again.')
+    try:
+        card_section(report)
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f'{Path(folder, _REPORT)} is incomplete, so the model card cannot be written from it'
+                        f' ({type(e).__name__}: {first_line(e)}). Deploy the model again.') from e
     return file, report
 
 

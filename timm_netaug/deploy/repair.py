@@ -16,7 +16,7 @@ from .packages import require
 __all__ = ['check_all_int8', 'inline_buffers', 'operator_names', 'outside_buffers', 'read_model', 'repair', 'strip']
 
 _ALIGNMENT = 16  # bytes, of `Buffer.data` in the schema; a processor may fault on an int32 bias at an odd address
-_PER_CHANNEL = ('CONV_2D', 'DEPTHWISE_CONV_2D', 'FULLY_CONNECTED', 'TRANSPOSE_CONV')  # weights second, bias third
+_BIAS = dict(CONV_2D=2, DEPTHWISE_CONV_2D=2, FULLY_CONNECTED=2, TRANSPOSE_CONV=3)  # its place among the inputs
 
 
 def _schema() -> Any:
@@ -84,8 +84,9 @@ def strip(model: Any, names: List[str]) -> None:
                 tensor.quantization.min = tensor.quantization.max = None
     graph = model.subgraphs[0]
     for name, operator in zip(names, graph.operators):
-        if name in _PER_CHANNEL and len(operator.inputs) > 2 and operator.inputs[2] >= 0:
-            graph.tensors[operator.inputs[2]].quantization = None
+        place = _BIAS.get(name)
+        if place is not None and len(operator.inputs) > place and operator.inputs[place] >= 0:
+            graph.tensors[operator.inputs[place]].quantization = None
     used = {0, *(tensor.buffer for graph in model.subgraphs for tensor in graph.tensors)}
     places = {old: new for new, old in enumerate(sorted(used))}
     model.buffers = [model.buffers[old] for old in sorted(used)]

@@ -11,6 +11,7 @@ def _size(count: int) -> str:
 def _rows(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
     arena, estimate, calibrated = report['arena'], report['estimate'], report['calibration']
     check, source, target = report['tflm_against_reference'], report['input'], report['output']
+    of_classes = f' of {calibrated["classes"]} classes' if 'classes' in calibrated else ''
     shape = ' x '.join(map(str, source['shape']))
     percent, images = '{:.2f} %'.format, f'{report["images"]:,} images of the {report["split"]} split'
     rows = [
@@ -27,7 +28,7 @@ def _rows(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
         ('input', f'{shape} int8, the pixel minus 128 (scale {source["scale"]:.6g}, zero point'
                   f' {source["zero_point"]})'),
         ('output', f'{report["num_classes"]} int8 (scale {target["scale"]:.6g}, zero point {target["zero_point"]})'),
-        ('calibrated with', f'{calibrated["images"]} images of {calibrated["classes"]} classes,'
+        ('calibrated with', f'{calibrated["images"]} images{of_classes},'
                             f' {calibrated["split"]} split, seed {calibrated["seed"]}'),
         ('against the reference kernels',
          f'at most {check["steps"]} steps of the output, over {check["images"]} images'),

@@ -67,7 +67,7 @@ def with_same_kernels(model: nn.Module, input_size: Sequence[int]) -> nn.Module:
     for conv, sides in _input_sizes(model, input_size).items():
         symmetric = conv.padding == tuple(k // 2 for k in conv.kernel_size) and conv.padding_mode == 'zeros'
         odd = all(k % 2 for k in conv.kernel_size)
-        if not symmetric or not odd or conv.stride != (2, 2) or conv.dilation != (1, 1):
+        if conv.padding == (0, 0) or not symmetric or not odd or conv.stride != (2, 2) or conv.dilation != (1, 1):
             continue
         rows, columns = (int(side % 2 == 0) for side in sides)
         conv.weight = nn.Parameter(F.pad(conv.weight.detach(), (0, columns, 0, rows)))

@@ -67,6 +67,7 @@ class Tflm:
                 raise UserError(f'The {kind} of {name} is {np.dtype(detail["dtype"]).name}, it must be int8: quantise'
                                 f' the file with its {kind}.')
         self.input_shape: Tuple[int, ...] = tuple(int(n) for n in details[0]['shape'][1:])
+        self.output_shape: Tuple[int, ...] = tuple(int(n) for n in details[1]['shape'][1:])
         self.input_scale, self.input_zero_point = self._quantisation(details[0])
         self.output_scale, self.output_zero_point = self._quantisation(details[1])
 
