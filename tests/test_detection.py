@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import timm
 import torch
 from huggingface_hub import ModelCard, constants
 from PIL import Image
@@ -22,7 +23,7 @@ from timm_netaug.cli.train_detection import Detection, train_detection_parser
 from timm_netaug.detection import create_detector, export_detector
 from timm_netaug.detection.annotations import find_classes, read_class_map, read_split, size_notes
 from timm_netaug.detection.data import DetectionDataset, collate, eval_transform, train_transform
-from timm_netaug.detection.detector import build_detector
+from timm_netaug.detection.detector import build_detector, name_in_model
 from timm_netaug.detection.evaluate import predict
 from timm_netaug.detection.fcos import STRIDES, Fcos, _Matched
 from timm_netaug.detection.folder import load_checkpoint
@@ -73,13 +74,26 @@ def test_tiny_pass_export_and_reload_are_equal(config, tmp_path):
         assert len(one[0]['boxes'])
 
 
-def test_backbone_of_a_folder_is_a_timm_model(tmp_path):
-    detector, x = make(), images(1, 64)
+@pytest.mark.parametrize('name', ['test_efficientnet', 'test_convnext'])  # timm flattens the stages of the second
+def test_backbone_of_a_folder_is_a_timm_model(name, tmp_path):
+    detector, x = make(name), images(1, 64)
     export_detector(detector, tmp_path / 'folder')
     again = create_detector(f'local-dir:{tmp_path / "folder/backbone"}', 5, 96, pretrained=True)
     assert again.config.num_classes == 5 and again.config.img_size == (96, 96)
     with torch.no_grad():
         assert all(map(torch.equal, again.eval().dense.backbone(x), detector.dense.backbone(x)))
+
+
+def test_pretrained_path_of_a_flattened_backbone(tmp_path):
+    """A file of weights fits a backbone whose names timm has flattened; a file of another model is refused."""
+    model = randomise(timm.create_model('test_convnext'))
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    flags = ['--data-dir', 'DATA', '--pretrained-path', str(tmp_path / 'weights.pth'), '--model']
+    backbone = Detection._backbone(train_detection_parser().parse_args([*flags, 'test_convnext']))
+    for name, tensor in backbone.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name_in_model(name, model.state_dict())])
+    with pytest.raises(UserError, match='test_convnext2'):
+        Detection._backbone(train_detection_parser().parse_args([*flags, 'test_convnext2']))
 
 
 def test_cost():

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ..detection.annotations import Split, find_classes, read_class_map, read_split, size_notes
 from ..detection.data import DetectionDataset, collate, eval_transform, train_transform
-from ..detection.detector import DenseDetector, create_backbone, describe_detector
+from ..detection.detector import DenseDetector, create_backbone, describe_detector, name_in_model
 from ..detection.fcos import Fcos
 from ..detection.folder import detector_run, load_dense_weights
 from ..detection.metric import METRICS, check_metric
@@ -149,7 +149,7 @@ class Detection:
         backbone = create_backbone(args.model, True, pretrained_cfg_overlay=overlay, **kwargs, **args.model_kwargs)
         if is_reference(weights):  # its names are mapped by the whole model, which has refused what does not fit
             return backbone
-        missing = [n for n, _ in backbone.named_parameters() if n not in weights]
+        missing = [n for n, _ in backbone.named_parameters() if name_in_model(n, weights) is None]
         if missing:
             raise UserError(f'--pretrained-path: {args.pretrained_path} is of another model than {args.model}:'
                             f' {len(missing)} of its tensors are not there ({", ".join(missing[:2])}).')

@@ -5,8 +5,9 @@ and counted. `Detector` is that and the decoding of its predictions into boxes.
 """
 import dataclasses
 import logging
+import math
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Container, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -19,7 +20,7 @@ from ..fetch import local_name
 from .fcos import STRIDES, Fcos, Output
 
 __all__ = ['DenseDetector', 'Detector', 'DetectorConfig', 'build_detector', 'create_backbone', 'create_detector',
-           'describe_detector']
+           'describe_detector', 'name_in_model']
 
 _PRIOR = 0.01  # share of points that are taken for an object before the training (arXiv 1708.02002, section 3.3)
 _FIRST_BOX = 4.0  # sides of the boxes before the training, in anchors: where the range of every level begins
@@ -148,7 +149,7 @@ class DenseDetector(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity='relu')  # by the inputs: depthwise ones have 9
         for prediction in (self.classes, self.boxes, self.centerness):
             nn.init.normal_(prediction[-1].weight, std=0.01)
-        nn.init.constant_(self.classes[-1].bias, -torch.log(torch.tensor((1 - _PRIOR) / _PRIOR)).item())
+        nn.init.constant_(self.classes[-1].bias, -math.log((1 - _PRIOR) / _PRIOR))
         nn.init.constant_(self.boxes[-1].bias, _FIRST_BOX)
         nn.init.zeros_(self.centerness[-1].bias)
 
@@ -230,6 +231,25 @@ def create_backbone(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Mo
         raise UserError(f'{name} has features at the strides {", ".join(map(str, strides))}, and a detector needs those'
                         f' at {", ".join(map(str, STRIDES))}: take a convolutional network, such as netaug_mbv2_tiny.')
     return build(wanted, pretrained)
+
+
+def name_in_model(name: str, names: Container[str]) -> Optional[str]:
+    """Return the name that a tensor of a backbone has in the whole model.
+
+    timm's `FeatureListNet` flattens the sequential layers of some models: `stages.0.x` of the model is `stages_0.x` of
+    its backbone. `FeatureGetterNet` puts `model.` in front.
+
+    Args:
+        name: Name of the tensor in the backbone.
+        names: Names of the tensors of the whole model.
+
+    Returns:
+        The name, None if the model has no such tensor.
+    """
+    head, _, rest = name.partition('.')
+    flattened = (f'{head[:i]}.{head[i + 1:]}.{rest}' for i, letter in enumerate(head) if letter == '_')
+    candidates = (name, *flattened, *([rest] if head == 'model' else []))
+    return next((candidate for candidate in candidates if candidate in names), None)
 
 
 def describe_detector(backbone: nn.Module, num_classes: int, img_size: Any, **fields: Any) -> DetectorConfig:

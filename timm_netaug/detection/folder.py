@@ -24,7 +24,7 @@ from ..io.checkpoint import load_weights, read_checkpoint, read_weights
 from ..io.folder import CONFIG, MAX_CONFIG, WEIGHTS, check_numbers, export_folder
 from ..io.run import RunDescription
 from ..load import read_run
-from .detector import DenseDetector, Detector, DetectorConfig, build_detector
+from .detector import DenseDetector, Detector, DetectorConfig, build_detector, name_in_model
 
 __all__ = ['BACKBONE', 'architecture_of', 'detector_run', 'export_detector', 'find_detector_folder', 'load_checkpoint',
            'load_dense_weights', 'load_detector_folder', 'load_trained', 'read_config', 'read_detector_run']
@@ -102,6 +102,9 @@ def export_detector(
     Args:
         out_dir: Gets `model.safetensors`, `config.json` and `backbone/`.
         facts: What is known of its training: 'command', 'metrics' (AP in percent), and so on.
+
+    Raises:
+        UserError: The backbone has tensors that timm's model of this name does not have.
     """
     config, out_dir = detector.config, Path(out_dir)
     state = {k: t.detach().cpu().contiguous() for k, t in detector.dense.state_dict().items()}
@@ -109,8 +112,13 @@ def export_detector(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # layers behind the last feature are new, the same ones each time
             whole = create_model(config.backbone, **{**config.backbone_args, 'num_classes': 0})
-        own = {k[len('backbone.'):]: t for k, t in state.items() if k.startswith('backbone.')}
-        whole.load_state_dict(own, strict=False)
+        names = whole.state_dict()
+        own = {k: name_in_model(k, names) for k in detector.dense.backbone.state_dict()}
+        unknown = [k for k, name in own.items() if name is None]
+        if unknown:
+            raise UserError(f'The backbone {config.backbone} cannot be exported as a model of its own:'
+                            f' {len(unknown)} of its tensors are not in timm\'s model ({", ".join(unknown[:2])}).')
+        whole.load_state_dict({name: state[f'backbone.{k}'] for k, name in own.items()}, strict=False)
         export_folder(whole, folder, _backbone_run(config))
         os.makedirs(out_dir / BACKBONE, exist_ok=True)
         for name in (WEIGHTS, CONFIG):
