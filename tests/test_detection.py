@@ -600,10 +600,22 @@ def test_other_repositories_and_broken_folders(hub, tmp_path):
             (dict(num_classes=10 ** 9), 'no detector is built with'), (dict(img_size=[3, 5]), '32'),
             (dict(backbone_args=dict(pretrained=True)), 'they may not'),
             (dict(backbone='hf-hub:owner/other'), 'there is no architecture'),
-            (dict(backbone_args=dict(stem_size=10 ** 9)), 'stem_size is'))):
+            (dict(backbone_args=dict(stem_size=10 ** 9)), 'stem_size is'),
+            (dict(backbone_args=[]), 'backbone_args are not a dictionary'),
+            (dict(backbone_args=dict(name='x')), 'have name, which a detector sets itself'),
+            (dict(mean=['a', 'b', 'c']), 'its mean has values that are not finite numbers'),
+            (dict(std=[math.nan, 1, 1]), 'its std has values that are not finite numbers'),
+            (dict(class_names='abc'), 'class_names are not a list of strings'),
+            (dict(backbone='test_vit', backbone_args={}), 'needs those at 8, 16, 32'),
+            (dict(backbone='regnety_2560', backbone_args={}), 'its weights have 0 bytes, and the detector that its'))):
         hub.put(f'owner/bad{i}', config__json=json.dumps({**config, **fields}).encode(), model__safetensors=b'')
         with pytest.raises(UserError, match=said):
             create_detector(f'hf-hub:owner/bad{i}')
+    (tmp_path / 'large').mkdir()
+    (tmp_path / 'large/config.json').write_text(json.dumps({**config, 'backbone': 'regnety_2560'}))
+    shutil.copy(tmp_path / 'folder/model.safetensors', tmp_path / 'large')
+    with pytest.raises(UserError, match='large cannot be used, its weights have'):
+        create_detector(f'local-dir:{tmp_path / "large"}')
     with pytest.raises(UserError, match='leave the arguments out'):
         create_detector(f'local-dir:{tmp_path / "folder"}', 3, 64)
     with pytest.raises(UserError, match='There is no repository owner/none'):
