@@ -20,13 +20,14 @@ from hub_server import serve
 from timm_netaug.__main__ import main as run_command
 from timm_netaug.cli.command_line import parse_args
 from timm_netaug.cli.train_detection import Detection, train_detection_parser
+from timm_netaug.cli.training_record import detection_record
 from timm_netaug.detection import create_detector, export_detector
 from timm_netaug.detection.annotations import find_classes, read_class_map, read_split, size_notes
 from timm_netaug.detection.data import DetectionDataset, collate, eval_transform, train_transform
 from timm_netaug.detection.detector import build_detector, name_in_model
 from timm_netaug.detection.evaluate import predict
 from timm_netaug.detection.fcos import STRIDES, Fcos, _Matched
-from timm_netaug.detection.folder import load_checkpoint
+from timm_netaug.detection.folder import detector_run, load_checkpoint
 from timm_netaug.detection.metric import average_precision
 from timm_netaug.detection.pictures import draw
 from timm_netaug.errors import UserError
@@ -620,6 +621,16 @@ def test_other_repositories_and_broken_folders(hub, tmp_path):
         create_detector(f'local-dir:{tmp_path / "folder"}', 3, 64)
     with pytest.raises(UserError, match='There is no repository owner/none'):
         create_detector('hf-hub:owner/none')
+
+
+def test_metric_of_other_weights_is_not_recorded():
+    """The metric of a checkpoint goes into the record only with the weights that the run validated."""
+    args = train_detection_parser().parse_args(['--data-dir', 'DATA'])
+    for ema in (False, True):
+        args.run = detector_run(make().config, ema=ema).to_dict()
+        checkpoint = dict(args=args, metric=50.0)
+        for use_ema, recorded in ((None, True), (ema, True), (not ema, False)):
+            assert ('metrics' in detection_record(checkpoint, use_ema)) == recorded
 
 
 def test_export_and_info_of_a_checkpoint(run_dir, tmp_path, capsys):

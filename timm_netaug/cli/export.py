@@ -25,7 +25,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with exit_on_user_error('timm_netaug export'):
         detector, run = load_trained(args.checkpoint, args.use_ema or None)
         if detector is not None:
-            facts = detection_record(read_checkpoint(args.checkpoint)) if run else None
+            facts = detection_record(read_checkpoint(args.checkpoint), args.use_ema or None) if run else None
             export_detector(detector, args.out_dir, facts)
             print(f"Exported. Load it with:\n\n    from timm_netaug.detection import create_detector\n"
                   f"    detector = create_detector('local-dir:{args.out_dir}')")

@@ -54,7 +54,7 @@ def _facts(args: argparse.Namespace, loaded: LoadedModel) -> Dict[str, Any]:
 def _push(args: argparse.Namespace) -> None:
     detector, run = load_trained(args.checkpoint, args.use_ema or None)
     if detector is not None:
-        facts = detection_record(read_checkpoint(args.checkpoint)) if run else read_config(
+        facts = detection_record(read_checkpoint(args.checkpoint), args.use_ema or None) if run else read_config(
             Path(args.checkpoint), args.checkpoint)[1].get('timm_netaug') or {}
         facts.update({k: v for k in ('dataset', 'dataset_terms') if (v := getattr(args, k))})
         push_detector(detector, args.repo, facts, revision=args.revision, private=args.private, dry_run=args.dry_run,
