@@ -104,10 +104,15 @@ def _read_xml(file: str, image: str) -> AnnotatedImage:
 def _read_voc(root: Path, name: str) -> Split:
     """Read `ImageSets/Main/NAME.txt`, `Annotations/` and `JPEGImages/` of a folder."""
     listed = root / 'ImageSets' / 'Main' / f'{name}.txt'
-    lines = [line.split() for line in listed.read_text(encoding='utf-8').splitlines() if line.strip()]
-    wanted = [words[0] for words in lines if len(words) < 2 or words[1] != '-1']
     files = {Path(file).stem: file for file in sorted(os.listdir(root / 'JPEGImages'))
              if file.lower().endswith(_EXTENSIONS)}
+    wanted = []
+    for line in filter(None, map(str.strip, listed.read_text(encoding='utf-8').splitlines())):
+        *image, mark = line.rsplit(None, 1)  # the lists of one class mark each image, and names may have spaces
+        if line in files or not image or mark not in ('1', '0', '-1'):
+            wanted.append(line)
+        elif mark != '-1':
+            wanted += image
     without_image = [n for n in wanted if n not in files]
     if without_image:
         raise UserError(f'Images of the split {name} are not in {root / "JPEGImages"} ({len(without_image)} of'
