@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -403,6 +404,16 @@ def test_wrong_json_is_refused_in_a_sentence(mistake, said, coco, tmp_path):
         read_split(str(tmp_path / 'coco'), 'train')
 
 
+def test_names_of_images_with_spaces(copied):
+    """A line of a list is the name of an image, and in the lists of one class a mark may follow it."""
+    for i, name in enumerate(('a b', 'a b 1', 'c')):
+        shutil.copy(copied / f'JPEGImages/i{i}.png', copied / f'JPEGImages/{name}.png')
+        shutil.copy(copied / f'Annotations/i{i}.xml', copied / f'Annotations/{name}.xml')
+    (copied / 'ImageSets/Main/spaces.txt').write_text('a b\na b 1\na b  0\nc\t1\ni3 -1\ni4\n')
+    files = [Path(image.file).stem for image in read_split(str(copied), 'spaces').images]
+    assert files == ['a b', 'a b 1', 'a b', 'c', 'i4']
+
+
 def test_names_of_classes(voc, tmp_path):
     split = read_split(str(voc), 'train')
     assert find_classes(split, class_names=['red', 'green', 'blue']) == ['red', 'green', 'blue']
@@ -580,6 +591,17 @@ def test_push_and_pull(run_dir, voc, hub, tmp_path):
         assert all(map(torch.equal, backbone.dense.backbone(x), want.dense.backbone(x)))
     again = json.loads((tmp_path / 'pulled/config.json').read_text())
     assert again == json.loads(files['config.json'])
+
+    # Facts of another's repository are filtered: a card and a later push read them.
+    config = {**again, 'timm_netaug': dict(facts, metrics=dict(AP50=None, AP=40.0, x=1), images='many', other=[1])}
+    hub.put('owner/odd', config__json=json.dumps(config).encode(), model__safetensors=files['model.safetensors'])
+    run_command(['hub', 'pull', 'owner/odd', str(tmp_path / 'odd')])
+    facts.pop('images')
+    kept = dict(facts, metrics=dict(AP=40.0))
+    assert json.loads((tmp_path / 'odd/config.json').read_text())['timm_netaug'] == kept
+    (tmp_path / 'odd/config.json').write_text(json.dumps(config))
+    run_command(['hub', 'push', str(tmp_path / 'odd'), 'owner/again'])
+    assert json.loads(hub.files('owner/again')['config.json'])['timm_netaug'] == kept
 
 
 @needs_metric
