@@ -666,6 +666,33 @@ def test_export_and_info_of_a_checkpoint(run_dir, tmp_path, capsys):
     assert 'input 3 x 64 x 96, 3 classes' in out and f'{sum(p.numel() for p in want.dense.parameters()):,}' in out
 
 
+def test_commands_for_detectors(hub, tmp_path, capsys):
+    """`info` reads NetAug's fields of the run and names with a prefix; flags that do nothing are refused by name."""
+    detector, args = make(), train_detection_parser().parse_args(['--data-dir', 'DATA'])
+    config = timm_netaug.NetAugConfig(width_mults=(1.0,), expand_mults=(1.0, 3.0)).to_dict()
+    args.run = detector_run(detector.config, netaug=config).to_dict()
+    checkpoint, folder = tmp_path / 'c.pth.tar', tmp_path / 'folder'
+    torch.save(dict(state_dict=detector.dense.state_dict(), args=args), checkpoint)
+    export_detector(detector, folder)
+    hub.put('owner/tiny', config__json=(folder / 'config.json').read_bytes(),
+            model__safetensors=(folder / 'model.safetensors').read_bytes())
+    infos = {}
+    for source in (str(checkpoint), f'local-dir:{folder}', 'hf-hub:owner/tiny'):
+        run_command(['info', source, '--samples', '1', '--json'])
+        infos[source] = json.loads(capsys.readouterr().out)
+    of_run, *others = infos.values()
+    assert of_run['netaug']['config'] == config and others[0] == others[1]
+    assert all(info['parameters'] == of_run['parameters'] for info in others)
+    for command, flag in ((['info', checkpoint], '--model'), (['export', checkpoint, tmp_path / 'out'], '--model'),
+                          *((['hub', 'push', checkpoint, 'owner/new'], f'--{name}')
+                            for name in ('model', 'deployed', 'baseline', 'baseline-about'))):
+        with pytest.raises(SystemExit, match=f'{flag}: not for a detector. Leave it out.'):
+            run_command([*map(str, command), flag, 'x'])
+    with pytest.raises(SystemExit, match='holds one set of weights: leave --use-ema out'):
+        run_command(['export', str(folder), str(tmp_path / 'out'), '--use-ema'])
+    assert not (tmp_path / 'out').exists()
+
+
 @needs_metric
 def test_two_processes(voc, tmp_path):
     """By torchrun, on five validation images: none is counted twice, and both processes' images are in the metric."""

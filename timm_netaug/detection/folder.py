@@ -270,14 +270,17 @@ def load_trained(source: str, use_ema: Optional[bool] = None) -> Tuple[Optional[
     """Build the trained detector that a user names, with the run of a checkpoint; None, None for other things.
 
     Args:
-        source: A checkpoint of `train_detection.py`, or the folder of a detector.
+        source: A checkpoint of `train_detection.py`, the folder of a detector, `local-dir:DIR` or `hf-hub:OWNER/NAME`.
         use_ema: See `load_checkpoint`.
 
     Raises:
-        UserError: The detector is broken.
+        UserError: The detector is broken, cannot be fetched, or a folder is to have a moving average.
     """
-    if os.path.isdir(source):
+    if os.path.isdir(source) or source.partition(':')[0] in ('local-dir', 'hf-hub', 'hf_hub'):
         folder = find_detector_folder(source)
+        if folder is not None and use_ema:
+            raise UserError(f'{source} is the folder of a detector, which holds one set of weights: leave --use-ema'
+                            f' out.')
         return (None if folder is None else load_detector_folder(folder, source)), None
     run = read_run(source) if os.path.isfile(source) else None
     return load_checkpoint(source, use_ema) if run is not None and run.detector else (None, None)
