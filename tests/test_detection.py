@@ -24,7 +24,7 @@ from timm_netaug.cli.train_detection import Detection, train_detection_parser
 from timm_netaug.cli.training_record import detection_record
 from timm_netaug.detection import create_detector, export_detector
 from timm_netaug.detection.annotations import find_classes, read_class_map, read_split, size_notes
-from timm_netaug.detection.data import DetectionDataset, collate, eval_transform, train_transform
+from timm_netaug.detection.data import DetectionDataset, DetectionLoader, collate, eval_transform, train_transform
 from timm_netaug.detection.detector import build_detector, name_in_model
 from timm_netaug.detection.evaluate import predict
 from timm_netaug.detection.fcos import STRIDES, Fcos, _Matched
@@ -375,6 +375,14 @@ def no_file(data):
     data['images'][3]['file_name'] = 'gone.png'
 
 
+def no_name(data):
+    del data['images'][3]['file_name']
+
+
+def other_size(data):
+    data['images'][3]['height'] = 99
+
+
 def no_images(data):
     data['images'].clear()
     data['annotations'].clear()
@@ -391,6 +399,8 @@ def used_background(data):
     (not_finite, 'has a box with NaN or infinite sides: mend it.'),
     (three_numbers, 'not four numbers: mend the file.'),
     (no_file, '(1 of 10: gone.png): add them.'),
+    (no_name, "has an image (id 3) whose file_name is None: name its file."),
+    (other_size, 'i3.png has 60 x 80 pixels, and'),
     (no_images, 'is empty'),
     (used_background, 'has an object of the class background, which is no class of objects'),
 ], ids=lambda v: getattr(v, '__name__', ''))
@@ -402,6 +412,25 @@ def test_wrong_json_is_refused_in_a_sentence(mistake, said, coco, tmp_path):
     file.write_text(json.dumps(data))
     with pytest.raises(UserError, match=re.escape(said)):
         read_split(str(tmp_path / 'coco'), 'train')
+
+
+def test_errors_of_workers_are_one_sentence(copied):
+    """An image whose header is intact and whose pixels are not is found when its batch is read."""
+    file = copied / 'JPEGImages/i3.png'
+    file.write_bytes(file.read_bytes()[:2000])
+    dataset = DetectionDataset(read_split(str(copied), 'train'), NAMES, eval_transform(make().config.data_config))
+    for workers in (0, 1):
+        with pytest.raises(UserError) as refused:
+            list(DetectionLoader(dataset, 2, num_workers=workers, collate_fn=collate))
+        assert re.fullmatch(f'{re.escape(str(file))} cannot be read as an image .*: mend it, or take it out of the'
+                            f' split\\.', str(refused.value))
+
+
+def test_images_of_sixteen_bits(copied):
+    """They are scaled to eight bits, where Pillow's conversion would make them white."""
+    Image.fromarray(np.full(SIZE, 128 << 8, np.uint16)).save(copied / 'JPEGImages/i0.png')
+    image = DetectionDataset(read_split(str(copied), 'train'), NAMES, None).image(0)
+    assert image.getextrema() == ((128, 128),) * 3
 
 
 def test_names_of_images_with_spaces(copied):

@@ -160,6 +160,10 @@ def _read_coco(root: Path, file: Path, name: str) -> Split:
         raise UserError(f'{file} cannot be read as COCO JSON ({told}): mend it.') from e
     if not images:
         raise UserError(f'The split {name} is empty: {file} lists no images.')
+    for key, entry in images.items():
+        if not isinstance(entry.get('file_name'), str):
+            raise UserError(f'{file} has an image (id {key}) whose file_name is {entry.get("file_name")!r}: name its'
+                            f' file.')
     folder = _image_folder(root, file, name, next(iter(images.values()))['file_name'])
     missing = [entry['file_name'] for entry in images.values() if not (folder / entry['file_name']).is_file()]
     if missing:
@@ -183,7 +187,11 @@ def _read_coco(root: Path, file: Path, name: str) -> Split:
         own, path = of_images[key], str(folder / entry['file_name'])
         xywh = torch.tensor([a['bbox'] for a in own], dtype=torch.float32).reshape(-1, 4)
         crowd = torch.tensor([bool(a.get('iscrowd')) for a in own], dtype=torch.bool)
-        size = (entry['height'], entry['width']) if {'height', 'width'} <= set(entry) else _image_size(path)
+        size = _image_size(path)
+        told = (entry.get('height', size[0]), entry.get('width', size[1]))
+        if size != told:
+            raise UserError(f'{path} has {size[0]} x {size[1]} pixels, and {file} says {told[0]} x {told[1]}: mend the'
+                            f' annotation.')
         found.append(AnnotatedImage(
             path, size, torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1),
             tuple(categories[a['category_id']] for a in own), crowd, ~crowd))
