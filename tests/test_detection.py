@@ -20,6 +20,7 @@ from detection_data import COLORS, SIZE, write_coco, write_voc, xml
 from hub_server import serve
 from timm_netaug.__main__ import main as run_command
 from timm_netaug.cli.command_line import parse_args
+from timm_netaug.cli.train import train
 from timm_netaug.cli.train_detection import Detection, train_detection_parser
 from timm_netaug.cli.training_record import detection_record
 from timm_netaug.detection import create_detector, export_detector
@@ -30,7 +31,7 @@ from timm_netaug.detection.evaluate import predict
 from timm_netaug.detection.fcos import STRIDES, Fcos, _Matched
 from timm_netaug.detection.folder import detector_run, load_checkpoint
 from timm_netaug.detection.metric import average_precision
-from timm_netaug.detection.pictures import draw
+from timm_netaug.detection.pictures import check_picture, draw, draw_grid
 from timm_netaug.errors import UserError
 from timm_netaug.info import describe
 
@@ -506,7 +507,20 @@ def test_validate_repeats_the_metric(run_dir, voc, tmp_path):
     result = json.loads(done.stdout.partition('--result\n')[2])
     last = dict(zip(*(line.split(',') for line in ((run_dir / 'summary.csv').read_text().splitlines())[::4])))
     assert result['AP50'] == round(float(last['eval_AP50']), 4) and set(result['AP_by_class']) == set(NAMES)
-    assert (tmp_path / 'p.png').exists() and 'AP_red' in (tmp_path / 'r.csv').read_text()
+    assert (tmp_path / 'p.png').exists() and 'AP/red' in (tmp_path / 'r.csv').read_text()
+
+
+@needs_metric
+def test_an_epoch_is_saved_before_its_pictures(voc, tmp_path, monkeypatch):
+    def fail(*args):
+        raise ValueError('no picture')
+
+    monkeypatch.setattr(Detection, 'write_pictures', fail)
+    monkeypatch.setattr('sys.argv', ['train_detection.py', '--data-dir', str(voc), *map(str, RUN), '--epochs', '1',
+                                     '--output', str(tmp_path), '--experiment', 'run'])
+    with pytest.raises(ValueError, match='no picture'):
+        train(Detection())
+    assert torch.load(tmp_path / 'run/last.pth.tar', weights_only=False)['epoch'] == 0
 
 
 @needs_metric
@@ -566,6 +580,10 @@ def test_predict_and_draw(tmp_path):
     assert not len(predict(detector, image, score=1.1)['boxes'])
     draw(image, found, NAMES, tmp_path / 'found.jpg', score=0.0)
     assert Image.open(tmp_path / 'found.jpg').format == 'JPEG'
+    names = ['US$', r'$\frac$', '$']  # not formulas, which matplotlib would refuse
+    draw_grid([image] * 2, [found] * 2, [None] * 2, names, tmp_path / 'names.png', title='$a$$', score=0.0)
+    with pytest.raises(UserError, match='found.txt cannot be written as a picture: take one of the suffixes .*png'):
+        check_picture('found.txt')
 
 
 def test_without_the_metric(monkeypatch):
