@@ -172,7 +172,7 @@ def read_config(folder: Path, source: str) -> Tuple[DetectorConfig, Dict[str, An
         names = fields.get('class_names')
         if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
             raise ValueError('its class_names are not a list of strings')
-    except (ValueError, TypeError, KeyError, OSError) as e:
+    except (ValueError, TypeError, KeyError, OSError, RecursionError) as e:
         told = first_line(e)[:300]
         raise UserError(f'{source} cannot be used, its {CONFIG} is not one of a detector: {told}.') from e
     return config, fields
@@ -205,7 +205,7 @@ def _is_detector(folder: Path) -> bool:
         if os.path.getsize(folder / CONFIG) > MAX_CONFIG:
             return False
         return json.loads((folder / CONFIG).read_text(encoding='utf-8')).get('kind') == _KIND
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
