@@ -229,8 +229,9 @@ def find_detector_folder(name: str, weights: bool = True) -> Optional[Path]:
     repo_id, _, revision = parse_model_name(name)[1].partition('@')
     revision = revision or None
     with hub_errors(repo_id, revision):
-        if hf_hub_download(repo_id, CONFIG, revision=revision, dry_run=True).file_size > MAX_CONFIG:
-            raise UserError(f'{name} cannot be used, its {CONFIG} is too large.')
+        size = hf_hub_download(repo_id, CONFIG, revision=revision, dry_run=True).file_size
+        if size > MAX_CONFIG:
+            raise UserError(f'{name} cannot be used, its {CONFIG} has {size:,} bytes.')
         folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision)).parent
         if not _is_detector(folder):
             return None
