@@ -17,13 +17,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from timm_netaug.costs import operators  # noqa: E402
+from timm_netaug.costs import costs  # noqa: E402
 from timm_netaug.detection.annotations import read_split  # noqa: E402
 from timm_netaug.detection.evaluate import evaluate_detector  # noqa: E402
 from timm_netaug.detection.folder import load_trained  # noqa: E402
 from timm_netaug.errors import UserError, exit_on_user_error  # noqa: E402
 from timm_netaug.io.atomic import atomic_write  # noqa: E402
-from timm_netaug.meta import to_meta  # noqa: E402
 
 STYLES = (('#0072B2', 'o', '-'), ('#D55E00', 's', '--'), ('#009E73', '^', '-.'), ('#CC79A7', 'D', ':'))
 
@@ -43,7 +42,7 @@ def measure(source: str, data_dir: str, split: str, sizes: List[Tuple[int, int]]
         raise UserError(f'{source} is neither a checkpoint of train_detection.py nor the folder of a detector.')
     images, rows = read_split(data_dir, split), []
     for size in sizes:
-        macs = sum(row['macs'] for row in operators(to_meta(detector.dense), (3, *size)))
+        macs = sum(row['macs'] for row in costs(detector.dense, (3, *size)).layers)
         metrics, _, _ = evaluate_detector(detector, images, size)
         rows.append(dict(size=list(size), macs=macs, **{k: metrics[k] for k in ('AP', 'AP50')}))
         print(f'{source} at {size[0]} x {size[1]}: {macs / 1e6:.1f} M MACs, AP50 {metrics["AP50"]:.2f}', flush=True)

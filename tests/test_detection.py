@@ -4,9 +4,11 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from huggingface_hub import ModelCard, constants
 from PIL import Image
@@ -18,16 +20,18 @@ from detection_data import COLORS, SIZE, write_coco, write_voc, xml
 from hub_server import serve
 from timm_netaug.__main__ import main as run_command
 from timm_netaug.cli.command_line import parse_args
+from timm_netaug.cli.train import train
 from timm_netaug.cli.train_detection import Detection, train_detection_parser
+from timm_netaug.cli.training_record import detection_record
 from timm_netaug.detection import create_detector, export_detector
 from timm_netaug.detection.annotations import find_classes, read_class_map, read_split, size_notes
-from timm_netaug.detection.data import DetectionDataset, collate, eval_transform, train_transform
-from timm_netaug.detection.detector import build_detector
+from timm_netaug.detection.data import DetectionDataset, DetectionLoader, collate, eval_transform, train_transform
+from timm_netaug.detection.detector import build_detector, name_in_model
 from timm_netaug.detection.evaluate import predict
 from timm_netaug.detection.fcos import STRIDES, Fcos, _Matched
-from timm_netaug.detection.folder import load_checkpoint
+from timm_netaug.detection.folder import detector_run, load_checkpoint
 from timm_netaug.detection.metric import average_precision
-from timm_netaug.detection.pictures import draw
+from timm_netaug.detection.pictures import check_picture, draw, draw_grid
 from timm_netaug.errors import UserError
 from timm_netaug.info import describe
 
@@ -73,13 +77,26 @@ def test_tiny_pass_export_and_reload_are_equal(config, tmp_path):
         assert len(one[0]['boxes'])
 
 
-def test_backbone_of_a_folder_is_a_timm_model(tmp_path):
-    detector, x = make(), images(1, 64)
+@pytest.mark.parametrize('name', ['test_efficientnet', 'test_convnext'])  # timm flattens the stages of the second
+def test_backbone_of_a_folder_is_a_timm_model(name, tmp_path):
+    detector, x = make(name), images(1, 64)
     export_detector(detector, tmp_path / 'folder')
     again = create_detector(f'local-dir:{tmp_path / "folder/backbone"}', 5, 96, pretrained=True)
     assert again.config.num_classes == 5 and again.config.img_size == (96, 96)
     with torch.no_grad():
         assert all(map(torch.equal, again.eval().dense.backbone(x), detector.dense.backbone(x)))
+
+
+def test_pretrained_path_of_a_flattened_backbone(tmp_path):
+    """A file of weights fits a backbone whose names timm has flattened; a file of another model is refused."""
+    model = randomise(timm.create_model('test_convnext'))
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    flags = ['--data-dir', 'DATA', '--pretrained-path', str(tmp_path / 'weights.pth'), '--model']
+    backbone = Detection._backbone(train_detection_parser().parse_args([*flags, 'test_convnext']))
+    for name, tensor in backbone.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name_in_model(name, model.state_dict())])
+    with pytest.raises(UserError, match='test_convnext2'):
+        Detection._backbone(train_detection_parser().parse_args([*flags, 'test_convnext2']))
 
 
 def test_cost():
@@ -359,6 +376,14 @@ def no_file(data):
     data['images'][3]['file_name'] = 'gone.png'
 
 
+def no_name(data):
+    del data['images'][3]['file_name']
+
+
+def other_size(data):
+    data['images'][3]['height'] = 99
+
+
 def no_images(data):
     data['images'].clear()
     data['annotations'].clear()
@@ -375,6 +400,8 @@ def used_background(data):
     (not_finite, 'has a box with NaN or infinite sides: mend it.'),
     (three_numbers, 'not four numbers: mend the file.'),
     (no_file, '(1 of 10: gone.png): add them.'),
+    (no_name, "has an image (id 3) whose file_name is None: name its file."),
+    (other_size, 'i3.png has 60 x 80 pixels, and'),
     (no_images, 'is empty'),
     (used_background, 'has an object of the class background, which is no class of objects'),
 ], ids=lambda v: getattr(v, '__name__', ''))
@@ -386,6 +413,35 @@ def test_wrong_json_is_refused_in_a_sentence(mistake, said, coco, tmp_path):
     file.write_text(json.dumps(data))
     with pytest.raises(UserError, match=re.escape(said)):
         read_split(str(tmp_path / 'coco'), 'train')
+
+
+def test_errors_of_workers_are_one_sentence(copied):
+    """An image whose header is intact and whose pixels are not is found when its batch is read."""
+    file = copied / 'JPEGImages/i3.png'
+    file.write_bytes(file.read_bytes()[:2000])
+    dataset = DetectionDataset(read_split(str(copied), 'train'), NAMES, eval_transform(make().config.data_config))
+    for workers in (0, 1):
+        with pytest.raises(UserError) as refused:
+            list(DetectionLoader(dataset, 2, num_workers=workers, collate_fn=collate))
+        assert re.fullmatch(f'{re.escape(str(file))} cannot be read as an image .*: mend it, or take it out of the'
+                            f' split\\.', str(refused.value))
+
+
+def test_images_of_sixteen_bits(copied):
+    """They are scaled to eight bits, where Pillow's conversion would make them white."""
+    Image.fromarray(np.full(SIZE, 128 << 8, np.uint16)).save(copied / 'JPEGImages/i0.png')
+    image = DetectionDataset(read_split(str(copied), 'train'), NAMES, None).image(0)
+    assert image.getextrema() == ((128, 128),) * 3
+
+
+def test_names_of_images_with_spaces(copied):
+    """A line of a list is the name of an image, and in the lists of one class a mark may follow it."""
+    for i, name in enumerate(('a b', 'a b 1', 'c')):
+        shutil.copy(copied / f'JPEGImages/i{i}.png', copied / f'JPEGImages/{name}.png')
+        shutil.copy(copied / f'Annotations/i{i}.xml', copied / f'Annotations/{name}.xml')
+    (copied / 'ImageSets/Main/spaces.txt').write_text('a b\na b 1\na b  0\nc\t1\ni3 -1\ni4\n')
+    files = [Path(image.file).stem for image in read_split(str(copied), 'spaces').images]
+    assert files == ['a b', 'a b 1', 'a b', 'c', 'i4']
 
 
 def test_names_of_classes(voc, tmp_path):
@@ -451,7 +507,20 @@ def test_validate_repeats_the_metric(run_dir, voc, tmp_path):
     result = json.loads(done.stdout.partition('--result\n')[2])
     last = dict(zip(*(line.split(',') for line in ((run_dir / 'summary.csv').read_text().splitlines())[::4])))
     assert result['AP50'] == round(float(last['eval_AP50']), 4) and set(result['AP_by_class']) == set(NAMES)
-    assert (tmp_path / 'p.png').exists() and 'AP_red' in (tmp_path / 'r.csv').read_text()
+    assert (tmp_path / 'p.png').exists() and 'AP/red' in (tmp_path / 'r.csv').read_text()
+
+
+@needs_metric
+def test_an_epoch_is_saved_before_its_pictures(voc, tmp_path, monkeypatch):
+    def fail(*args):
+        raise ValueError('no picture')
+
+    monkeypatch.setattr(Detection, 'write_pictures', fail)
+    monkeypatch.setattr('sys.argv', ['train_detection.py', '--data-dir', str(voc), *map(str, RUN), '--epochs', '1',
+                                     '--output', str(tmp_path), '--experiment', 'run'])
+    with pytest.raises(ValueError, match='no picture'):
+        train(Detection())
+    assert torch.load(tmp_path / 'run/last.pth.tar', weights_only=False)['epoch'] == 0
 
 
 @needs_metric
@@ -511,6 +580,10 @@ def test_predict_and_draw(tmp_path):
     assert not len(predict(detector, image, score=1.1)['boxes'])
     draw(image, found, NAMES, tmp_path / 'found.jpg', score=0.0)
     assert Image.open(tmp_path / 'found.jpg').format == 'JPEG'
+    names = ['US$', r'$\frac$', '$']  # not formulas, which matplotlib would refuse
+    draw_grid([image] * 2, [found] * 2, [None] * 2, names, tmp_path / 'names.png', title='$a$$', score=0.0)
+    with pytest.raises(UserError, match='found.txt cannot be written as a picture: take one of the suffixes .*png'):
+        check_picture('found.txt')
 
 
 def test_without_the_metric(monkeypatch):
@@ -566,6 +639,17 @@ def test_push_and_pull(run_dir, voc, hub, tmp_path):
     again = json.loads((tmp_path / 'pulled/config.json').read_text())
     assert again == json.loads(files['config.json'])
 
+    # Facts of another's repository are filtered: a card and a later push read them.
+    config = {**again, 'timm_netaug': dict(facts, metrics=dict(AP50=None, AP=40.0, x=1), images='many', other=[1])}
+    hub.put('owner/odd', config__json=json.dumps(config).encode(), model__safetensors=files['model.safetensors'])
+    run_command(['hub', 'pull', 'owner/odd', str(tmp_path / 'odd')])
+    facts.pop('images')
+    kept = dict(facts, metrics=dict(AP=40.0))
+    assert json.loads((tmp_path / 'odd/config.json').read_text())['timm_netaug'] == kept
+    (tmp_path / 'odd/config.json').write_text(json.dumps(config))
+    run_command(['hub', 'push', str(tmp_path / 'odd'), 'owner/again'])
+    assert json.loads(hub.files('owner/again')['config.json'])['timm_netaug'] == kept
+
 
 @needs_metric
 def test_a_push_with_another_metric_is_refused(run_dir, voc, hub, tmp_path):
@@ -586,14 +670,36 @@ def test_other_repositories_and_broken_folders(hub, tmp_path):
             (dict(num_classes=10 ** 9), 'no detector is built with'), (dict(img_size=[3, 5]), '32'),
             (dict(backbone_args=dict(pretrained=True)), 'they may not'),
             (dict(backbone='hf-hub:owner/other'), 'there is no architecture'),
-            (dict(backbone_args=dict(stem_size=10 ** 9)), 'stem_size is'))):
+            (dict(backbone_args=dict(stem_size=10 ** 9)), 'stem_size is'),
+            (dict(backbone_args=[]), 'backbone_args are not a dictionary'),
+            (dict(backbone_args=dict(name='x')), 'have name, which a detector sets itself'),
+            (dict(mean=['a', 'b', 'c']), 'its mean has values that are not finite numbers'),
+            (dict(std=[math.nan, 1, 1]), 'its std has values that are not finite numbers'),
+            (dict(class_names='abc'), 'class_names are not a list of strings'),
+            (dict(backbone='test_vit', backbone_args={}), 'needs those at 8, 16, 32'),
+            (dict(backbone='regnety_2560', backbone_args={}), 'its weights have 0 bytes, and the detector that its'))):
         hub.put(f'owner/bad{i}', config__json=json.dumps({**config, **fields}).encode(), model__safetensors=b'')
         with pytest.raises(UserError, match=said):
             create_detector(f'hf-hub:owner/bad{i}')
+    (tmp_path / 'large').mkdir()
+    (tmp_path / 'large/config.json').write_text(json.dumps({**config, 'backbone': 'regnety_2560'}))
+    shutil.copy(tmp_path / 'folder/model.safetensors', tmp_path / 'large')
+    with pytest.raises(UserError, match='large cannot be used, its weights have'):
+        create_detector(f'local-dir:{tmp_path / "large"}')
     with pytest.raises(UserError, match='leave the arguments out'):
         create_detector(f'local-dir:{tmp_path / "folder"}', 3, 64)
     with pytest.raises(UserError, match='There is no repository owner/none'):
         create_detector('hf-hub:owner/none')
+
+
+def test_metric_of_other_weights_is_not_recorded():
+    """The metric of a checkpoint goes into the record only with the weights that the run validated."""
+    args = train_detection_parser().parse_args(['--data-dir', 'DATA'])
+    for ema in (False, True):
+        args.run = detector_run(make().config, ema=ema).to_dict()
+        checkpoint = dict(args=args, metric=50.0)
+        for use_ema, recorded in ((None, True), (ema, True), (not ema, False)):
+            assert ('metrics' in detection_record(checkpoint, use_ema)) == recorded
 
 
 def test_export_and_info_of_a_checkpoint(run_dir, tmp_path, capsys):
@@ -605,6 +711,33 @@ def test_export_and_info_of_a_checkpoint(run_dir, tmp_path, capsys):
     run_command(['info', str(tmp_path / 'out'), '--samples', '1'])
     out = capsys.readouterr().out
     assert 'input 3 x 64 x 96, 3 classes' in out and f'{sum(p.numel() for p in want.dense.parameters()):,}' in out
+
+
+def test_commands_for_detectors(hub, tmp_path, capsys):
+    """`info` reads NetAug's fields of the run and names with a prefix; flags that do nothing are refused by name."""
+    detector, args = make(), train_detection_parser().parse_args(['--data-dir', 'DATA'])
+    config = timm_netaug.NetAugConfig(width_mults=(1.0,), expand_mults=(1.0, 3.0)).to_dict()
+    args.run = detector_run(detector.config, netaug=config).to_dict()
+    checkpoint, folder = tmp_path / 'c.pth.tar', tmp_path / 'folder'
+    torch.save(dict(state_dict=detector.dense.state_dict(), args=args), checkpoint)
+    export_detector(detector, folder)
+    hub.put('owner/tiny', config__json=(folder / 'config.json').read_bytes(),
+            model__safetensors=(folder / 'model.safetensors').read_bytes())
+    infos = {}
+    for source in (str(checkpoint), f'local-dir:{folder}', 'hf-hub:owner/tiny'):
+        run_command(['info', source, '--samples', '1', '--json'])
+        infos[source] = json.loads(capsys.readouterr().out)
+    of_run, *others = infos.values()
+    assert of_run['netaug']['config'] == config and others[0] == others[1]
+    assert all(info['parameters'] == of_run['parameters'] for info in others)
+    for command, flag in ((['info', checkpoint], '--model'), (['export', checkpoint, tmp_path / 'out'], '--model'),
+                          *((['hub', 'push', checkpoint, 'owner/new'], f'--{name}')
+                            for name in ('model', 'deployed', 'baseline', 'baseline-about'))):
+        with pytest.raises(SystemExit, match=f'{flag}: not for a detector. Leave it out.'):
+            run_command([*map(str, command), flag, 'x'])
+    with pytest.raises(SystemExit, match='holds one set of weights: leave --use-ema out'):
+        run_command(['export', str(folder), str(tmp_path / 'out'), '--use-ema'])
+    assert not (tmp_path / 'out').exists()
 
 
 @needs_metric

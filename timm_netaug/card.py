@@ -1,7 +1,7 @@
 """The model card of a Hub repository, filled from the facts in its `config.json`. Unknown facts are left out."""
 import re
 import shlex
-from typing import Any, Dict, List, Mapping
+from typing import Any, Container, Dict, List, Mapping
 
 import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCardData
@@ -14,7 +14,7 @@ __all__ = ['CITATION', 'METRICS', 'known_facts', 'model_card', 'shell_block']
 
 _FACTS = dict(command=list, processes=int, evaluated_with=list, epoch=int, epochs=int, metrics=dict, images=int,
               dataset=str, dataset_terms=str, converted_from=str, netaug=bool, deployed=dict, baseline=dict,
-              baseline_about=str)
+              baseline_about=str, split=str, license=str)
 METRICS = {
     'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy', 'map': 'Mean average precision', 'micro_f1': 'F1 (micro)',
     'macro_f1': 'F1 (macro)', 'sample_f1': 'F1 (samples)',
@@ -28,8 +28,12 @@ CITATION = """@inproceedings{cai2022netaug,
 }"""
 
 
-def known_facts(config: Mapping[str, Any]) -> Dict[str, Any]:
-    """Return the facts that a `config.json` has about a training, without unknown keys and values of the wrong type."""
+def known_facts(config: Mapping[str, Any], known_metrics: Container[str] = METRICS) -> Dict[str, Any]:
+    """Return the facts that a `config.json` has about a training, without unknown keys and values of the wrong type.
+
+    Args:
+        known_metrics: Names of the metrics to keep.
+    """
     facts = config.get('timm_netaug')
     facts = {k: v for k, v in facts.items() if isinstance(v, _FACTS.get(k, ()))} if isinstance(facts, dict) else {}
     for key in ('command', 'evaluated_with'):
@@ -37,7 +41,7 @@ def known_facts(config: Mapping[str, Any]) -> Dict[str, Any]:
             facts[key] = [str(word) for word in facts[key]]
     for key in ('metrics', 'baseline'):
         if key in facts:
-            facts[key] = {k: v for k, v in facts[key].items() if k in METRICS and isinstance(v, (int, float))}
+            facts[key] = {k: v for k, v in facts[key].items() if k in known_metrics and isinstance(v, (int, float))}
     return facts
 
 

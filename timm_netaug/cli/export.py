@@ -7,6 +7,7 @@ from ..errors import exit_on_user_error
 from ..io.checkpoint import read_checkpoint
 from ..io.folder import export_folder
 from ..load import load_model
+from .flags import refuse_for_detector
 from .training_record import detection_record, training_record
 
 __all__ = ['main']
@@ -25,7 +26,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with exit_on_user_error('timm_netaug export'):
         detector, run = load_trained(args.checkpoint, args.use_ema or None)
         if detector is not None:
-            facts = detection_record(read_checkpoint(args.checkpoint)) if run else None
+            refuse_for_detector(args, 'model')
+            facts = detection_record(read_checkpoint(args.checkpoint), args.use_ema or None) if run else None
             export_detector(detector, args.out_dir, facts)
             print(f"Exported. Load it with:\n\n    from timm_netaug.detection import create_detector\n"
                   f"    detector = create_detector('local-dir:{args.out_dir}')")

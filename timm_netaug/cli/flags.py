@@ -8,7 +8,7 @@ from timm.utils import ParseKwargs
 
 from ..errors import UserError
 
-__all__ = ['Flag', 'Group', 'build_parser', 'check_flags', 'flag_name', 'given_flags']
+__all__ = ['Flag', 'Group', 'build_parser', 'check_flags', 'flag_name', 'given_flags', 'refuse_for_detector']
 
 
 @dataclass(frozen=True)
@@ -173,3 +173,17 @@ def check_flags(groups: Sequence[Group], args: argparse.Namespace, netaug: bool 
         for other, why in flag.excludes.items():
             if getattr(args, names[other]):
                 raise UserError(f'{flag.name} and {other} do not go together: {why}.')
+
+
+def refuse_for_detector(args: argparse.Namespace, *names: str) -> None:
+    """Refuse flags that mean nothing for a detector.
+
+    Args:
+        names: Attributes of these flags in `args`.
+
+    Raises:
+        UserError: One of the flags is given.
+    """
+    given = [f'--{name.replace("_", "-")}' for name in names if getattr(args, name)]
+    if given:
+        raise UserError(f'{", ".join(given)}: not for a detector. Leave {"it" if len(given) == 1 else "them"} out.')

@@ -6,13 +6,13 @@
 import argparse
 import json
 import os
-from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
 from ..card import known_facts
 from ..deploy.pipeline import read_deployment
-from ..detection.folder import load_trained, read_config
+from ..detection.folder import find_detector_folder, load_trained, read_config
 from ..detection.hub import pull_detector, push_detector
+from ..detection.metric import METRICS as DETECTION_METRICS
 from ..errors import UserError, exit_on_user_error
 from ..hub import pull, push
 from ..io.checkpoint import read_checkpoint, read_weights
@@ -20,6 +20,7 @@ from ..io.folder import CONFIG
 from ..load import LoadedModel, load_model
 from ..reference import input_config
 from ..bundled import bundled_cfgs, bundled_folder
+from .flags import refuse_for_detector
 from .training_record import baseline_metrics, detection_record, training_record
 
 __all__ = ['main']
@@ -54,8 +55,9 @@ def _facts(args: argparse.Namespace, loaded: LoadedModel) -> Dict[str, Any]:
 def _push(args: argparse.Namespace) -> None:
     detector, run = load_trained(args.checkpoint, args.use_ema or None)
     if detector is not None:
-        facts = detection_record(read_checkpoint(args.checkpoint)) if run else read_config(
-            Path(args.checkpoint), args.checkpoint)[1].get('timm_netaug') or {}
+        refuse_for_detector(args, 'model', 'deployed', 'baseline', 'baseline_about')
+        facts = detection_record(read_checkpoint(args.checkpoint), args.use_ema or None) if run else known_facts(
+            read_config(find_detector_folder(args.checkpoint), args.checkpoint)[1], DETECTION_METRICS)
         facts.update({k: v for k in ('dataset', 'dataset_terms') if (v := getattr(args, k))})
         push_detector(detector, args.repo, facts, revision=args.revision, private=args.private, dry_run=args.dry_run,
                       data_dir=args.data_dir, license=args.license)

@@ -10,7 +10,9 @@ from ..detection.folder import load_trained
 from ..errors import UserError, exit_on_user_error, rewording
 from ..fits import check_fits, parse_board
 from ..info import describe, stages
+from ..io.run import RunDescription
 from ..load import LoadedModel, load_model
+from .flags import refuse_for_detector
 
 __all__ = ['main']
 
@@ -57,10 +59,11 @@ def _report(info: Dict[str, Any], layers: bool) -> str:
     return '\n'.join([*lines, '', *([info['netaug_refusal']] if info['netaug_refusal'] else []), info['memory_model']])
 
 
-def _dense(detector: Detector, img_size: Optional[int]) -> LoadedModel:
-    """Return the dense part of a detector, which is what costs."""
+def _dense(detector: Detector, run: Optional[RunDescription], img_size: Optional[int]) -> LoadedModel:
+    """Return the dense part of a detector, which is what costs, with the run of its checkpoint."""
     size = (img_size,) * 2 if img_size else detector.config.img_size
-    return LoadedModel(detector.dense, f'detector on {detector.config.backbone}', dict(input_size=(3, *size)))
+    return LoadedModel(detector.dense, f'detector on {detector.config.backbone}', dict(input_size=(3, *size)),
+                       run=run)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -87,9 +90,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             if value is not None and value < 1:
                 raise UserError(f'--{flag.replace("_", "-")} must be at least 1, got {value}.')
         board = parse_board(args.fits) if args.fits else None
-        detector, _ = load_trained(args.source)
+        detector, run = load_trained(args.source)
         if detector is not None:
-            loaded = _dense(detector, args.img_size)
+            refuse_for_detector(args, 'model')
+            loaded = _dense(detector, run, args.img_size)
         else:
             loaded = load_model(args.source, args.model, pretrained=False, flags=dict(img_size=args.img_size),
                                 num_classes=args.num_classes)

@@ -521,9 +521,9 @@ def train(kind: Any = Classification) -> None:
                 if primary:
                     args.run = replace(run, metrics=history).to_dict()
                     try:
+                        write_epoch(args, epoch, train_metrics, metrics, task, optimizer, saver)
                         if metrics:
                             kind.write_pictures(task, loader_eval, saver.checkpoint_dir)
-                        write_epoch(args, epoch, train_metrics, metrics, task, optimizer, saver)
                     except OSError as e:
                         raise saver.full(e) from e
                 if lr_scheduler is not None:

@@ -18,8 +18,8 @@ from timm.utils import is_primary
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ..detection.annotations import Split, find_classes, read_class_map, read_split, size_notes
-from ..detection.data import DetectionDataset, collate, eval_transform, train_transform
-from ..detection.detector import DenseDetector, create_backbone, describe_detector
+from ..detection.data import DetectionDataset, DetectionLoader, collate, eval_transform, train_transform
+from ..detection.detector import DenseDetector, create_backbone, describe_detector, name_in_model
 from ..detection.fcos import Fcos
 from ..detection.folder import detector_run, load_dense_weights
 from ..detection.metric import METRICS, check_metric
@@ -149,7 +149,7 @@ class Detection:
         backbone = create_backbone(args.model, True, pretrained_cfg_overlay=overlay, **kwargs, **args.model_kwargs)
         if is_reference(weights):  # its names are mapped by the whole model, which has refused what does not fit
             return backbone
-        missing = [n for n, _ in backbone.named_parameters() if n not in weights]
+        missing = [n for n, _ in backbone.named_parameters() if name_in_model(n, weights) is None]
         if missing:
             raise UserError(f'--pretrained-path: {args.pretrained_path} is of another model than {args.model}:'
                             f' {len(missing)} of its tensors are not there ({", ".join(missing[:2])}).')
@@ -221,7 +221,7 @@ def _loader(dataset: DetectionDataset, args: argparse.Namespace, is_training: bo
         sampler = DistributedSampler(dataset, args.world_size, args.rank, shuffle=True, seed=args.seed, drop_last=True)
     elif args.distributed:
         sampler = _Share(dataset, args.rank, args.world_size)
-    return DataLoader(
+    return DetectionLoader(
         dataset,
         batch_size=args.batch_size if is_training else args.validation_batch_size or args.batch_size,
         shuffle=is_training and sampler is None,

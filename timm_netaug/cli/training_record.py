@@ -70,16 +70,25 @@ def training_record(checkpoint: Mapping[str, Any], use_ema: Optional[bool] = Non
     if 'epoch' in checkpoint:
         facts.update(epoch=checkpoint['epoch'] + 1, epochs=args.epochs)
     metric = checkpoint.get('metric')
-    of_these_weights = use_ema is None or use_ema == RunDescription.from_checkpoint(checkpoint).ema
-    if args.eval_metric in METRICS and metric is not None and math.isfinite(metric) and of_these_weights:
+    if (args.eval_metric in METRICS and metric is not None and math.isfinite(metric)
+            and _of_these_weights(checkpoint, use_ema)):
         facts['metrics'] = {args.eval_metric: metric}
     if '/' in args.dataset:
         facts['dataset'] = args.dataset.partition('/')[2]
     return facts
 
 
-def detection_record(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
-    """Collect, as plain data, what a checkpoint of `train_detection.py` says of its training."""
+def _of_these_weights(checkpoint: Mapping[str, Any], use_ema: Optional[bool]) -> bool:
+    """Return whether the metric of a checkpoint is that of the weights that are taken from it."""
+    return use_ema is None or use_ema == RunDescription.from_checkpoint(checkpoint).ema
+
+
+def detection_record(checkpoint: Mapping[str, Any], use_ema: Optional[bool] = None) -> Dict[str, Any]:
+    """Collect the facts about a training from a checkpoint of `train_detection.py`, as plain data.
+
+    Args:
+        use_ema: Whether the weights are the moving average. None: they are the weights that the run validated.
+    """
     parser = train_detection_parser()
     args = parser.parse_args([])
     vars(args).update(vars(checkpoint['args']))
@@ -87,7 +96,8 @@ def detection_record(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
     if 'epoch' in checkpoint:
         facts.update(epoch=checkpoint['epoch'] + 1, epochs=args.epochs)
     metric = checkpoint.get('metric')
-    if args.eval_metric != 'loss' and metric is not None and math.isfinite(metric):
+    if (args.eval_metric != 'loss' and metric is not None and math.isfinite(metric)
+            and _of_these_weights(checkpoint, use_ema)):
         facts['metrics'] = {args.eval_metric: metric}
     return facts
 

@@ -13,11 +13,12 @@ from typing import Optional, Tuple
 import torch
 
 from ..detection.annotations import read_split
-from ..detection.detector import Detector, create_detector
+from ..detection.create import create_detector
+from ..detection.detector import Detector
 from ..detection.evaluate import evaluate_detector
 from ..detection.folder import find_detector_folder, load_checkpoint
 from ..detection.metric import METRICS, check_metric
-from ..detection.pictures import draw_grid
+from ..detection.pictures import check_picture, draw_grid
 from ..errors import UserError, exit_on_user_error
 from .command_line import parse_args
 from .detection_flags import detection_flags, with_defaults
@@ -89,6 +90,8 @@ def validate() -> None:
         path = getattr(args, dest)
         if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise UserError(f'--{dest.replace("_", "-")} {path}: there is no such folder.')
+    if args.pictures:
+        check_picture(args.pictures)
     check_metric()
     size = _img_size(args)
     choose_device(args, _logger)
@@ -110,15 +113,15 @@ def validate() -> None:
         images=images,
     )
     by_class = {k: None if v is None else round(v, 4) for k, v in by_class.items()}
+    print(f'--result\n{json.dumps({**row, "AP_by_class": by_class}, indent=2)}', flush=True)
     if args.results_file:
-        write_results(args.results_file, {**row, **{f'AP_{k}': v for k, v in by_class.items()}}, args.results_format)
+        write_results(args.results_file, {**row, **{f'AP/{k}': v for k, v in by_class.items()}}, args.results_format)
     if args.pictures:
         indices = sorted(evaluator.found)
         count = min(_PICTURES, len(indices))
         chosen = [indices[i * len(indices) // count] for i in range(count)]
         draw_grid([dataset.image(i) for i in chosen], [evaluator.found[i] for i in chosen],
                   [evaluator.true[i] for i in chosen], list(dataset.labels), args.pictures)
-    print(f'--result\n{json.dumps({**row, "AP_by_class": by_class}, indent=2)}')
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Tiny detectors on timm backbones: `create_detector`. The command lines are `train_detection.py` and
 `validate_detection.py`."""
 from .annotations import read_split
-from .detector import DenseDetector, Detector, DetectorConfig, create_backbone, create_detector
+from .create import create_detector
+from .detector import DenseDetector, Detector, DetectorConfig, create_backbone
 from .evaluate import evaluate_detector, predict
 from .fcos import Fcos
 from .folder import export_detector

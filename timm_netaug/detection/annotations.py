@@ -104,10 +104,15 @@ def _read_xml(file: str, image: str) -> AnnotatedImage:
 def _read_voc(root: Path, name: str) -> Split:
     """Read `ImageSets/Main/NAME.txt`, `Annotations/` and `JPEGImages/` of a folder."""
     listed = root / 'ImageSets' / 'Main' / f'{name}.txt'
-    lines = [line.split() for line in listed.read_text(encoding='utf-8').splitlines() if line.strip()]
-    wanted = [words[0] for words in lines if len(words) < 2 or words[1] != '-1']
     files = {Path(file).stem: file for file in sorted(os.listdir(root / 'JPEGImages'))
              if file.lower().endswith(_EXTENSIONS)}
+    wanted = []
+    for line in filter(None, map(str.strip, listed.read_text(encoding='utf-8').splitlines())):
+        *image, mark = line.rsplit(None, 1)  # the lists of one class mark each image, and names may have spaces
+        if line in files or not image or mark not in ('1', '0', '-1'):
+            wanted.append(line)
+        elif mark != '-1':
+            wanted += image
     without_image = [n for n in wanted if n not in files]
     if without_image:
         raise UserError(f'Images of the split {name} are not in {root / "JPEGImages"} ({len(without_image)} of'
@@ -155,6 +160,10 @@ def _read_coco(root: Path, file: Path, name: str) -> Split:
         raise UserError(f'{file} cannot be read as COCO JSON ({told}): mend it.') from e
     if not images:
         raise UserError(f'The split {name} is empty: {file} lists no images.')
+    for key, entry in images.items():
+        if not isinstance(entry.get('file_name'), str):
+            raise UserError(f'{file} has an image (id {key}) whose file_name is {entry.get("file_name")!r}: name its'
+                            f' file.')
     folder = _image_folder(root, file, name, next(iter(images.values()))['file_name'])
     missing = [entry['file_name'] for entry in images.values() if not (folder / entry['file_name']).is_file()]
     if missing:
@@ -178,7 +187,11 @@ def _read_coco(root: Path, file: Path, name: str) -> Split:
         own, path = of_images[key], str(folder / entry['file_name'])
         xywh = torch.tensor([a['bbox'] for a in own], dtype=torch.float32).reshape(-1, 4)
         crowd = torch.tensor([bool(a.get('iscrowd')) for a in own], dtype=torch.bool)
-        size = (entry['height'], entry['width']) if {'height', 'width'} <= set(entry) else _image_size(path)
+        size = _image_size(path)
+        told = (entry.get('height', size[0]), entry.get('width', size[1]))
+        if size != told:
+            raise UserError(f'{path} has {size[0]} x {size[1]} pixels, and {file} says {told[0]} x {told[1]}: mend the'
+                            f' annotation.')
         found.append(AnnotatedImage(
             path, size, torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1),
             tuple(categories[a['category_id']] for a in own), crowd, ~crowd))

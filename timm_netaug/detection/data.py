@@ -1,17 +1,18 @@
 """Annotated images as batches: transforms that boxes follow, the data set, and how samples are put together."""
-from typing import Any, List, Mapping, Sequence, Tuple
+from typing import Any, Iterator, List, Mapping, Sequence, Tuple
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ..errors import UserError, first_line
+from ..io.data import eight_bits
 from .annotations import Split
 from .fcos import Target
 
-__all__ = ['DetectionDataset', 'collate', 'eval_transform', 'train_transform']
+__all__ = ['DetectionDataset', 'DetectionLoader', 'collate', 'eval_transform', 'train_transform']
 
 
 class _Crop(v2.RandomIoUCrop):
@@ -93,7 +94,7 @@ class DetectionDataset(Dataset):
         item = self.split.images[index]
         try:
             with Image.open(item.file) as image:
-                image = image.convert('RGB')
+                image = eight_bits(image).convert('RGB')
         except Exception as e:  # whatever Pillow finds wrong
             raise UserError(f'{item.file} cannot be read as an image ({first_line(e)}): mend it, or take it out of the'
                             f' split.') from e
@@ -120,3 +121,14 @@ def collate(samples: Sequence[Tuple[torch.Tensor, Target]]) -> Tuple[torch.Tenso
     """Make a batch: images (B, 3, H, W), and a list of B targets."""
     images, targets = zip(*samples)
     return torch.stack(images), list(targets)
+
+
+class DetectionLoader(DataLoader):
+    """A loader of batches whose worker processes report an unusable image in one sentence, as one process does."""
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from super().__iter__()
+        except UserError as e:  # of a worker, its text is a traceback whose last line has the message
+            last = str(e).strip().splitlines()[-1]
+            raise UserError(last.removeprefix(f'{UserError.__module__}.{UserError.__qualname__}: ')) from e

@@ -1,12 +1,13 @@
-"""A tiny detector on any timm backbone: `create_detector`.
+"""The network of a tiny detector on any timm backbone.
 
 Its dense part, images to raw predictions, is one plain module (`DenseDetector`): what is trained, augmented, exported
 and counted. `Detector` is that and the decoding of its predictions into boxes.
 """
 import dataclasses
 import logging
+import math
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Container, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -14,12 +15,12 @@ import torch.nn.functional as F
 from timm import create_model
 from timm.data import resolve_data_config
 
-from ..errors import UserError, check_model_name, first_line
+from ..errors import UserError, check_model_name
 from ..fetch import local_name
 from .fcos import STRIDES, Fcos, Output
 
-__all__ = ['DenseDetector', 'Detector', 'DetectorConfig', 'build_detector', 'create_backbone', 'create_detector',
-           'describe_detector']
+__all__ = ['DenseDetector', 'Detector', 'DetectorConfig', 'build_detector', 'create_backbone', 'describe_detector',
+           'name_in_model']
 
 _PRIOR = 0.01  # share of points that are taken for an object before the training (arXiv 1708.02002, section 3.3)
 _FIRST_BOX = 4.0  # sides of the boxes before the training, in anchors: where the range of every level begins
@@ -148,7 +149,7 @@ class DenseDetector(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity='relu')  # by the inputs: depthwise ones have 9
         for prediction in (self.classes, self.boxes, self.centerness):
             nn.init.normal_(prediction[-1].weight, std=0.01)
-        nn.init.constant_(self.classes[-1].bias, -torch.log(torch.tensor((1 - _PRIOR) / _PRIOR)).item())
+        nn.init.constant_(self.classes[-1].bias, -math.log((1 - _PRIOR) / _PRIOR))
         nn.init.constant_(self.boxes[-1].bias, _FIRST_BOX)
         nn.init.zeros_(self.centerness[-1].bias)
 
@@ -232,6 +233,25 @@ def create_backbone(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Mo
     return build(wanted, pretrained)
 
 
+def name_in_model(name: str, names: Container[str]) -> Optional[str]:
+    """Return the name that a tensor of a backbone has in the whole model.
+
+    timm's `FeatureListNet` flattens the sequential layers of some models: `stages.0.x` of the model is `stages_0.x` of
+    its backbone. `FeatureGetterNet` puts `model.` in front.
+
+    Args:
+        name: Name of the tensor in the backbone.
+        names: Names of the tensors of the whole model.
+
+    Returns:
+        The name, None if the model has no such tensor.
+    """
+    head, _, rest = name.partition('.')
+    flattened = (f'{head[:i]}.{head[i + 1:]}.{rest}' for i, letter in enumerate(head) if letter == '_')
+    candidates = (name, *flattened, *([rest] if head == 'model' else []))
+    return next((candidate for candidate in candidates if candidate in names), None)
+
+
 def describe_detector(backbone: nn.Module, num_classes: int, img_size: Any, **fields: Any) -> DetectorConfig:
     """Return the config of a detector on a backbone that has been built.
 
@@ -252,47 +272,3 @@ def build_detector(config: DetectorConfig) -> Detector:
         UserError: Its backbone cannot be built.
     """
     return Detector(DenseDetector(create_backbone(config.backbone, **config.backbone_args), config), config)
-
-
-def create_detector(
-        name: str,
-        num_classes: Optional[int] = None,
-        img_size: Union[int, Sequence[int], None] = None,
-        pretrained: bool = False,
-        *,
-        backbone_args: Optional[Mapping[str, Any]] = None,
-        **fields: Any,
-) -> Detector:
-    """Build a tiny detector on a timm backbone, or load a trained one.
-
-    Args:
-        name: Name of the backbone: any convolutional timm model, `local-dir:DIR` or `hf-hub:OWNER/NAME` of a
-            classifier. A folder or repository of a detector is loaded whole, with its weights, and takes no further
-            arguments.
-        num_classes: Classes of objects, without the background.
-        img_size: Height and width of the input, or one number for both; multiples of 32.
-        pretrained: Load the backbone's weights. Neck and head are new.
-        backbone_args: Further arguments of the backbone's constructor.
-        fields: Further fields of `DetectorConfig`: channels, class_names, mean, std, interpolation, scale.
-
-    Returns:
-        The detector; `.dense` is the module to train, to augment and to export.
-
-    Raises:
-        UserError: The name is unknown or not fit for a backbone, or an argument is missing or out of its range.
-    """
-    from .folder import find_detector_folder, load_detector_folder  # which build detectors by this module
-    folder = find_detector_folder(name)
-    if folder is not None:
-        if num_classes is not None or img_size is not None or backbone_args or fields:
-            raise UserError(f'{name} is a trained detector, which has its own classes and sizes: leave the arguments'
-                            f' out.')
-        return load_detector_folder(folder, name)
-    if num_classes is None or img_size is None:
-        raise UserError(f'{name} is a backbone: create_detector() needs num_classes and img_size, too.')
-    backbone = create_backbone(name, pretrained, **(backbone_args or {}))
-    try:
-        config = describe_detector(backbone, num_classes, img_size, **fields)
-    except (ValueError, TypeError) as e:
-        raise UserError(f'{first_line(e)}.') from e
-    return Detector(DenseDetector(backbone, config), config)

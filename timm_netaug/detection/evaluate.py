@@ -5,12 +5,12 @@ from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from ..evaluate import evaluate
+from ..io.data import eight_bits
 from .annotations import Split, find_classes
-from .data import DetectionDataset, collate, eval_transform
+from .data import DetectionDataset, DetectionLoader, collate, eval_transform
 from .detector import Detector
 from .metric import DetectionEvaluator, check_metric
 
@@ -46,7 +46,7 @@ def evaluate_detector(
     data_config = replace(config, img_size=tuple(img_size or config.img_size)).data_config
     names = find_classes(split, class_names=config.class_names)
     dataset = DetectionDataset(split, names, eval_transform(data_config))
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
+    loader = DetectionLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
     device = torch.device(device)
     dense = detector.dense.to(device)
     if channels_last:
@@ -70,7 +70,7 @@ def predict(detector: Detector, image: Image.Image, score: float = 0.0) -> Dict[
         'boxes' (N, 4) in pixels of the image, 'scores' (N,), 'labels' (N,), the best first, and 'classes', their names
         where the detector knows them.
     """
-    image = image.convert('RGB')
+    image = eight_bits(image).convert('RGB')
     height, width = detector.config.img_size
     parameter = next(detector.parameters())
     input = eval_transform(detector.config.data_config)(v2.functional.to_image(image))

@@ -4,6 +4,7 @@ A folder has the weights of the dense part (`model.safetensors`), `config.json` 
 what is known of the training, and `backbone/`, a folder of the backbone alone that timm takes as `local-dir:`.
 """
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from timm import create_model
 from timm.models import clean_state_dict, is_model, parse_model_name
@@ -24,7 +25,7 @@ from ..io.checkpoint import load_weights, read_checkpoint, read_weights
 from ..io.folder import CONFIG, MAX_CONFIG, WEIGHTS, check_numbers, export_folder
 from ..io.run import RunDescription
 from ..load import read_run
-from .detector import DenseDetector, Detector, DetectorConfig, build_detector
+from .detector import DenseDetector, Detector, DetectorConfig, build_detector, create_backbone, name_in_model
 
 __all__ = ['BACKBONE', 'architecture_of', 'detector_run', 'export_detector', 'find_detector_folder', 'load_checkpoint',
            'load_dense_weights', 'load_detector_folder', 'load_trained', 'read_config', 'read_detector_run']
@@ -32,7 +33,6 @@ __all__ = ['BACKBONE', 'architecture_of', 'detector_run', 'export_detector', 'fi
 BACKBONE = 'backbone'
 _KIND = 'timm_netaug.detection'  # of a `config.json`
 _MAX_NUMBER = 8192  # of classes, channels and pixels
-_MAX_WEIGHTS = 1 << 30  # bytes
 
 
 def detector_run(config: DetectorConfig, **fields: Any) -> RunDescription:
@@ -102,6 +102,9 @@ def export_detector(
     Args:
         out_dir: Gets `model.safetensors`, `config.json` and `backbone/`.
         facts: What is known of its training: 'command', 'metrics' (AP in percent), and so on.
+
+    Raises:
+        UserError: The backbone has tensors that timm's model of this name does not have.
     """
     config, out_dir = detector.config, Path(out_dir)
     state = {k: t.detach().cpu().contiguous() for k, t in detector.dense.state_dict().items()}
@@ -109,8 +112,13 @@ def export_detector(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # layers behind the last feature are new, the same ones each time
             whole = create_model(config.backbone, **{**config.backbone_args, 'num_classes': 0})
-        own = {k[len('backbone.'):]: t for k, t in state.items() if k.startswith('backbone.')}
-        whole.load_state_dict(own, strict=False)
+        names = whole.state_dict()
+        own = {k: name_in_model(k, names) for k in detector.dense.backbone.state_dict()}
+        unknown = [k for k, name in own.items() if name is None]
+        if unknown:
+            raise UserError(f'The backbone {config.backbone} cannot be exported as a model of its own:'
+                            f' {len(unknown)} of its tensors are not in timm\'s model ({", ".join(unknown[:2])}).')
+        whole.load_state_dict({name: state[f'backbone.{k}'] for k, name in own.items()}, strict=False)
         export_folder(whole, folder, _backbone_run(config))
         os.makedirs(out_dir / BACKBONE, exist_ok=True)
         for name in (WEIGHTS, CONFIG):
@@ -148,13 +156,48 @@ def read_config(folder: Path, source: str) -> Tuple[DetectorConfig, Dict[str, An
             raise ValueError(f'there is no architecture {str(config.backbone)[:100]!r} in timm or timm_netaug')
         if max(config.num_classes, config.channels, *config.img_size) > _MAX_NUMBER or not 0 < config.scale < 100:
             raise ValueError('it has numbers that no detector is built with')
+        if not isinstance(config.backbone_args, dict):
+            raise ValueError('its backbone_args are not a dictionary')
         check_numbers(config.backbone_args, 'a number')
         if any(k.startswith('pretrained') or k in ('checkpoint_path', 'features_cls') for k in config.backbone_args):
             raise ValueError('its backbone_args say how weights are loaded, which they may not')
-    except (ValueError, TypeError, KeyError, OSError) as e:
+        fixed = sorted({'name', 'model_name', 'features_only', 'out_indices'} & set(config.backbone_args))
+        if fixed:
+            raise ValueError(f'its backbone_args have {", ".join(fixed)}, which a detector sets itself')
+        for name in ('mean', 'std'):
+            if not all(type(v) in (int, float) and math.isfinite(v) for v in getattr(config, name)):
+                raise ValueError(f'its {name} has values that are not finite numbers')
+        if not all(config.std):
+            raise ValueError('its std has a zero')
+        names = fields.get('class_names')
+        if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+            raise ValueError('its class_names are not a list of strings')
+    except (ValueError, TypeError, KeyError, OSError, RecursionError) as e:
         told = first_line(e)[:300]
         raise UserError(f'{source} cannot be used, its {CONFIG} is not one of a detector: {told}.') from e
     return config, fields
+
+
+def _check_size(config: DetectorConfig, size: int, source: str) -> None:
+    """Compare the size of a file of weights with the detector of a config, which is built without memory for weights.
+
+    Args:
+        size: Bytes of the file.
+
+    Raises:
+        UserError: The detector cannot be built, or needs weights of another size.
+    """
+    try:
+        with torch.device('meta'):
+            dense = DenseDetector(create_backbone(config.backbone, **config.backbone_args), config)
+    except UserError:
+        raise
+    except Exception as e:  # a backbone of another kind may have features of any shape
+        raise UserError(f'{source} cannot be used, its detector cannot be built: {first_line(e)[:300]}.') from e
+    needed = sum(t.numel() * t.element_size() for t in dense.state_dict().values())
+    if not needed / 8 <= size <= 4 * needed + (1 << 20):  # the rule of `fetch`
+        raise UserError(f'{source} cannot be used, its weights have {size:,} bytes, and the detector that its {CONFIG}'
+                        f' describes needs {needed:,}.')
 
 
 def _is_detector(folder: Path) -> bool:
@@ -162,7 +205,7 @@ def _is_detector(folder: Path) -> bool:
         if os.path.getsize(folder / CONFIG) > MAX_CONFIG:
             return False
         return json.loads((folder / CONFIG).read_text(encoding='utf-8')).get('kind') == _KIND
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -174,7 +217,8 @@ def find_detector_folder(name: str, weights: bool = True) -> Optional[Path]:
         weights: Fetch the weights, too.
 
     Raises:
-        UserError: A repository cannot be fetched.
+        UserError: A repository cannot be fetched, its config is broken, or its weights have another size than the
+            detector of the config needs.
     """
     prefix, _, rest = name.partition(':')
     if prefix == 'local-dir' or os.path.isdir(name):
@@ -185,19 +229,21 @@ def find_detector_folder(name: str, weights: bool = True) -> Optional[Path]:
     repo_id, _, revision = parse_model_name(name)[1].partition('@')
     revision = revision or None
     with hub_errors(repo_id, revision):
-        if hf_hub_download(repo_id, CONFIG, revision=revision, dry_run=True).file_size > MAX_CONFIG:
-            raise UserError(f'{name} cannot be used, its {CONFIG} is too large.')
+        size = hf_hub_download(repo_id, CONFIG, revision=revision, dry_run=True).file_size
+        if size > MAX_CONFIG:
+            raise UserError(f'{name} cannot be used, its {CONFIG} has {size:,} bytes.')
         folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision)).parent
         if not _is_detector(folder):
             return None
-        read_config(folder, name)
+        config, _ = read_config(folder, name)
         if weights:
             try:
                 size = hf_hub_download(repo_id, WEIGHTS, revision=folder.name, dry_run=True).file_size
+            except LocalEntryNotFoundError:  # of a connection that fails, not of the repository
+                raise
             except EntryNotFoundError as e:
                 raise UserError(f'{name} holds no weights, there is no {WEIGHTS}.') from e
-            if size > _MAX_WEIGHTS:
-                raise UserError(f'{name} cannot be used, its {WEIGHTS} has {size:,} bytes.')
+            _check_size(config, size, name)
             hf_hub_download(repo_id, WEIGHTS, revision=folder.name)
     return folder
 
@@ -213,6 +259,8 @@ def load_detector_folder(folder: Union[str, Path], source: Optional[str] = None)
     """
     source = source or str(folder)
     config, _ = read_config(Path(folder), source)
+    if os.path.isfile(Path(folder, WEIGHTS)):  # where there is no such file, reading it says so
+        _check_size(config, os.path.getsize(Path(folder, WEIGHTS)), source)
     weights = read_weights(str(Path(folder, WEIGHTS)))
     detector = build_detector(config)
     load_weights(detector.dense, weights, source)
@@ -223,14 +271,17 @@ def load_trained(source: str, use_ema: Optional[bool] = None) -> Tuple[Optional[
     """Build the trained detector that a user names, with the run of a checkpoint; None, None for other things.
 
     Args:
-        source: A checkpoint of `train_detection.py`, or the folder of a detector.
+        source: A checkpoint of `train_detection.py`, the folder of a detector, `local-dir:DIR` or `hf-hub:OWNER/NAME`.
         use_ema: See `load_checkpoint`.
 
     Raises:
-        UserError: The detector is broken.
+        UserError: The detector is broken, cannot be fetched, or a folder is to have a moving average.
     """
-    if os.path.isdir(source):
+    if os.path.isdir(source) or source.partition(':')[0] in ('local-dir', 'hf-hub', 'hf_hub'):
         folder = find_detector_folder(source)
+        if folder is not None and use_ema:
+            raise UserError(f'{source} is the folder of a detector, which holds one set of weights: leave --use-ema'
+                            f' out.')
         return (None if folder is None else load_detector_folder(folder, source)), None
     run = read_run(source) if os.path.isfile(source) else None
     return load_checkpoint(source, use_ema) if run is not None and run.detector else (None, None)

@@ -7,6 +7,7 @@ from typing import Any, Mapping, Optional
 import torch
 from huggingface_hub import get_token
 
+from ..card import known_facts
 from ..errors import UserError
 from ..hub import CARD, TOLERANCE, check_target, commit
 from ..io.folder import CONFIG, WEIGHTS, copy_files
@@ -60,7 +61,7 @@ def push_detector(
         raise UserError('You are not logged in: `hf auth login`, or set HF_TOKEN.')
     if repo.count('/') != 1:
         raise UserError(f'{repo} is not the name of a repository, which is OWNER/NAME.')
-    facts = {**facts, **(dict(license=license) if license else {})}
+    facts = {**known_facts(dict(timm_netaug=dict(facts)), METRICS), **(dict(license=license) if license else {})}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         parent = None if dry_run else check_target(repo, revision, private, architecture_of(detector.config))
@@ -68,6 +69,9 @@ def push_detector(
             split = read_split(data_dir, facts.get('split', 'val'))
             measured = evaluate_detector(detector, split)[0]
             for metric, recorded in facts.get('metrics', {}).items():
+                if measured[metric] is None:
+                    raise UserError(f'The {metric} is on record, but {data_dir} has no objects to measure it on: name'
+                                    f' the data set that the detector was validated on. Nothing is pushed.')
                 if abs(measured[metric] - recorded) > TOLERANCE:
                     raise UserError(f'The {metric} on {data_dir} is {measured[metric]:.2f}, the checkpoint has'
                                     f' {recorded:.2f} on record: name the data set that it was validated on. Nothing is'
@@ -99,8 +103,8 @@ def pull_detector(repo: str, out_dir: str, revision: Optional[str] = None) -> bo
     if there is None:
         return False
     _check_out_dir(out_dir)
-    facts = read_config(there, name)[1].get('timm_netaug')
-    export_detector(load_detector_folder(there, name), out_dir, facts if isinstance(facts, dict) else None)
+    facts = known_facts(read_config(there, name)[1], METRICS)
+    export_detector(load_detector_folder(there, name), out_dir, facts)
     print(f"Pulled. Load it with:\n\n    from timm_netaug.detection import create_detector\n"
           f"    detector = create_detector('local-dir:{out_dir}')")
     return True

@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
+from ..errors import UserError
 from ..io.atomic import atomic_write
 
-__all__ = ['SCORE', 'draw', 'draw_grid']
+__all__ = ['SCORE', 'check_picture', 'draw', 'draw_grid']
 
 SCORE = 0.5  # boxes of a lower score are not drawn
 # Okabe and Ito's colours, told apart by colour-blind readers too; they are repeated where there are more classes.
@@ -60,13 +61,28 @@ def _draw_on(axes, image: Image.Image, found: Boxes, true: Optional[Boxes], name
             taken.append(place)
             axes.text(
                 (place[0] + place[2]) / 2, (place[1] + place[3]) / 2, text, fontsize=_FONT, color='black',
-                horizontalalignment='center', verticalalignment='center', clip_on=True,
+                horizontalalignment='center', verticalalignment='center', clip_on=True, parse_math=False,
                 bbox=dict(facecolor=_color(label), edgecolor='none', pad=0.6, alpha=0.85))
     axes.set(xlim=(0, image.width), ylim=(image.height, 0))
 
 
+def _kind(out: Union[str, os.PathLike]) -> str:
+    return os.path.splitext(os.fspath(out))[1].lower().lstrip('.') or 'png'
+
+
+def check_picture(out: str) -> None:
+    """Refuse a path whose suffix is not one of a picture that can be written.
+
+    Raises:
+        UserError: The suffix is unknown.
+    """
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if _kind(out) not in known:
+        raise UserError(f'{out} cannot be written as a picture: take one of the suffixes {", ".join(sorted(known))}.')
+
+
 def _save(figure: Figure, out: Union[str, os.PathLike]) -> None:
-    kind = os.path.splitext(os.fspath(out))[1].lower().lstrip('.') or 'png'
+    kind = _kind(out)
     with atomic_write(out, 'wb') as f:
         figure.savefig(f, format=kind, dpi=_DPI)
 
@@ -101,11 +117,13 @@ def draw_grid(
         _draw_on(axes, image, one, other, class_names, score)
     there = any(boxes is not None for boxes in true)
     told = f'found, with a score of at least {score:g}' + ('; dashed: true boxes' if there else '')
-    figure.suptitle(f'{title}: {told}' if title else told[0].upper() + told[1:], fontsize=10)
+    figure.suptitle(f'{title}: {told}' if title else told[0].upper() + told[1:], fontsize=10, parse_math=False)
     labels = sorted({label for boxes in found for label in boxes['labels'][boxes['scores'] >= score].tolist()})
     if 0 < len(labels) <= _IN_LEGEND and len(images) > 1:
-        figure.legend(handles=[Patch(color=_color(label), label=class_names[label]) for label in labels],
-                      loc='outside lower center', ncols=len(labels), fontsize='small', frameon=False)
+        legend = figure.legend(handles=[Patch(color=_color(label), label=class_names[label]) for label in labels],
+                               loc='outside lower center', ncols=len(labels), fontsize='small', frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a class may have dollar signs in its name
     _save(figure, out)
 
 
