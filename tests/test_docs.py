@@ -14,7 +14,8 @@ from conftest import ROOT, run_python
 
 PAGES = {page: (ROOT / page).read_text()
          for page in (
-             'README.md', 'docs/tutorial.md', 'docs/training.md', 'docs/hub.md', 'docs/library.md', 'docs/architecture.md')}
+             'README.md', 'docs/tutorial.md', 'docs/training.md', 'docs/hub.md', 'docs/library.md',
+             'docs/architecture.md')}
 
 
 def blocks(page, language):
@@ -76,7 +77,8 @@ def test_readme_prediction(few_digits, tmp_path):
     code, = blocks('README.md', 'python')
     (tmp_path / 'photo.jpg').symlink_to(next((few_digits / 'validation').glob('*/*.png')))
     (tmp_path / 'code.py').write_text(code)
-    assert run('python code.py', tmp_path).strip() in timm.get_pretrained_cfg('netaug_mbv2_tiny').label_names
+    model = timm.create_model('netaug_mbv2_tiny', pretrained=True)
+    assert run('python code.py', tmp_path).strip() in model.pretrained_cfg['label_names']
 
 
 def test_benchmark(tmp_path):

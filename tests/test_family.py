@@ -101,7 +101,7 @@ def check_model(model):
         assert grad.count_nonzero() == p.grad.count_nonzero(), key
     supernet.zero_grad()
 
-    optimizer = torch.optim.SGD(supernet.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(supernet.parameters(), lr=1e-6)  # a larger step makes some of these networks overflow
     before = export(supernet)
     NetAugTask(supernet, verbose=False)(x, y)['loss'].backward()
     optimizer.step()
@@ -109,7 +109,8 @@ def check_model(model):
     assert type(tiny) is type(model) and repr(tiny) == repr(model)
     assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), tiny.parameters()))
     with torch.no_grad():
-        assert torch.equal(tiny.eval()(x), supernet.eval()(x))
+        got = supernet.eval()(x)
+        assert torch.equal(tiny.eval()(x), got) and got.isfinite().all()
 
 
 @pytest.mark.parametrize('name', SUPPORTED_SMALL)

@@ -212,7 +212,7 @@ def test_other_versions_are_told(undisturbed, few_digits, tmp_path):
     done = run_python(*COMMAND, '--data-dir', few_digits, '--epochs', 4, '--resume', tmp_path / 'old.pth.tar',
                       '--output', tmp_path, '--experiment', 'run')
     said = done.stdout + done.stderr
-    assert f'was written with torch 2.0.0, not {torch.__version__}, of_a_later_release 7, not None: the' in said
+    assert f'was written with torch 2.0.0, not {torch.__version__}, of_a_later_release 7, not None: results' in said
 
 
 def test_same_seed_same_summary(undisturbed, few_digits, tmp_path):

@@ -35,12 +35,12 @@ def assert_same_run(a, b):
     assert (a / 'summary.csv').read_text() == (b / 'summary.csv').read_text()
     assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
     files = sorted(p.name for p in a.glob('*.pth.tar'))
-    assert len(files) == 5  # last, best, milestone, and the two of the history
+    assert {'last.pth.tar', 'model_best.pth.tar'} < set(files) and len(files) in (4, 5)  # two of the history, milestone
     for name in files:
         one, two = (torch.load(d / name, weights_only=False) for d in (a, b))
         assert one['args'].run == two['args'].run
         one, two = ({k: v for k, v in flat(c).items() if not k.startswith('.args')} for c in (one, two))
-        assert one.keys() == two.keys() and len(one) > (300 if name.startswith(('last', 'milestone')) else 100)
+        assert one.keys() == two.keys() and len(one) > (300 if name.startswith(('last', 'milestone')) else 80)
         for key in one:
             if torch.is_tensor(one[key]):
                 assert torch.equal(one[key], two[key]), (name, key)
