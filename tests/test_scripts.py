@@ -122,7 +122,7 @@ def test_every_flag_is_read_or_refused():
         'lr_cycle_limit', 'lr_k_decay', 'warmup_lr', 'min_lr', 'decay_milestones', 'decay_epochs', 'warmup_epochs',
         'warmup_prefix', 'cooldown_epochs', 'patience_epochs', 'decay_rate', 'img_size', 'input_size', 'mean', 'std',
         'crop_pct', 'interpolation', 'epochs'}
-    by_timm |= {'data', 'local_rank', 'jsd_loss', 'bce_loss'}  # by parse_args and check_train_args
+    by_timm |= {'data', 'local_rank', 'loss', 'jsd_loss', 'bce_loss'}  # by parse_args, check_train_args, loss_of
     by_timm |= {field.name for field in dataclasses.fields(DataSource)}  # by data_source
     dests = [a.dest for a in train_parser()._actions if a.dest not in ('help', 'config')]
     unread = [d for d in dests if not re.search(rf'args\.{d}\b', code) and not d.startswith('netaug_')]
