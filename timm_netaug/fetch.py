@@ -3,6 +3,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Optional
 
+import torch.nn as nn
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -20,7 +21,7 @@ from timm.models import parse_model_name
 from .errors import UserError, first_line, rewording
 from .io.folder import CONFIG, MAX_CONFIG, WEIGHTS, check_config
 
-__all__ = ['PICKLE', 'fetch', 'hub_errors', 'local_name']
+__all__ = ['PICKLE', 'check_size', 'fetch', 'fetch_config', 'hub_errors', 'local_name']
 
 PICKLE = 'pytorch_model.bin'  # the older name of a file of weights
 
@@ -75,6 +76,39 @@ def hub_errors(repo_id: str, revision: Optional[str] = None) -> Iterator[None]:
         raise UserError(f'{said}.') from e
 
 
+def fetch_config(repo_id: str, revision: Optional[str], name: str) -> Path:
+    """Download the config of a repository if it is not too large; returns its folder, whose name is the commit.
+
+    Args:
+        name: Name of the repository in messages.
+
+    Raises:
+        UserError: The config is too large.
+    """
+    size = hf_hub_download(repo_id, CONFIG, revision=revision, dry_run=True).file_size
+    if size > MAX_CONFIG:
+        raise UserError(f'{name} cannot be used, its {CONFIG} has {size:,} bytes.')
+    return Path(hf_hub_download(repo_id, CONFIG, revision=revision)).parent
+
+
+def check_size(module: nn.Module, size: int, name: str, kind: str = 'model') -> None:
+    """Refuse a file of weights that is much smaller or larger than the weights of a module.
+
+    Args:
+        module: May be on the meta device.
+        size: Bytes of the file.
+        name: Name of the repository or folder in messages.
+        kind: What messages call the module.
+
+    Raises:
+        UserError: The sizes do not fit.
+    """
+    needed = sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    if not needed / 8 <= size <= 4 * needed + (1 << 20):
+        raise UserError(f'{name} cannot be used, its weights have {size:,} bytes, and the {kind} that its {CONFIG}'
+                        f' describes needs {needed:,}.')
+
+
 def fetch(name: str, allow_pickle: bool = False, weights: bool = True) -> Path:
     """Download a model into the Hub client's cache. The weights come last, if their size fits the model.
 
@@ -92,10 +126,7 @@ def fetch(name: str, allow_pickle: bool = False, weights: bool = True) -> Path:
     repo_id, _, revision = name.partition('@')
     revision = revision or None
     with hub_errors(repo_id, revision):
-        size = hf_hub_download(repo_id, CONFIG, revision=revision, dry_run=True).file_size
-        if size > MAX_CONFIG:
-            raise UserError(f'{name} cannot be used, its {CONFIG} has {size:,} bytes.')
-        folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision)).parent
+        folder = fetch_config(repo_id, revision, name)
         model = check_config(folder, name)
         if not weights:
             return folder
@@ -114,10 +145,7 @@ def fetch(name: str, allow_pickle: bool = False, weights: bool = True) -> Path:
                     f'{name} holds its weights as a pickle only ({PICKLE}), a format that can carry code: if you trust'
                     f' it, fetch its tensors with `python -m timm_netaug hub pull {name} OUT_DIR --allow-pickle`.'
                 ) from e
-        needed = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-        if not needed / 8 <= size <= 4 * needed + (1 << 20):
-            raise UserError(f'{name} cannot be used, its weights have {size:,} bytes, and the model that its {CONFIG}'
-                            f' describes needs {needed:,}.')
+        check_size(model, size, name)
         hf_hub_download(repo_id, file, revision=commit)
     return folder
 

@@ -20,7 +20,7 @@ from .io.data import DataSource
 from .io.folder import CONFIG, WEIGHTS, copy_files, export_folder, load_folder
 from .load import LoadedModel, load_model
 
-__all__ = ['CARD', 'TOLERANCE', 'check_target', 'commit', 'pull', 'push']
+__all__ = ['CARD', 'TOLERANCE', 'check_destination', 'check_out_dir', 'check_target', 'commit', 'pull', 'push']
 
 CARD = 'README.md'
 TFLITE = 'model.tflite'  # the int8 file that `push --deployed` adds
@@ -31,11 +31,33 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _check_out_dir(out_dir: str) -> None:
-    known = {WEIGHTS, CONFIG, CARD, TFLITE}
+def check_out_dir(out_dir: str, *own: str) -> None:
+    """Refuse a folder that holds files of something else.
+
+    Args:
+        own: Names that may be there besides weights, config and card.
+
+    Raises:
+        UserError: There is another file; the message names it.
+    """
+    known = {WEIGHTS, CONFIG, CARD, *own}
     others = set(os.listdir(out_dir)) - known if os.path.isdir(out_dir) else ()
     if others:
         raise UserError(f'{out_dir} holds other files ({min(others)}): name an empty folder or a new one.')
+
+
+def check_destination(repo: str, dry_run: Optional[str], *own: str) -> None:
+    """Refuse, before anything else is done, a push that cannot end well. See `push` and `check_out_dir`.
+
+    Raises:
+        UserError: The folder holds other files, nobody is logged in, or the repository's name has another form.
+    """
+    if dry_run:
+        check_out_dir(dry_run, *own)
+    elif not get_token():
+        raise UserError('You are not logged in: run `hf auth login`, or set HF_TOKEN.')
+    if repo.count('/') != 1:
+        raise UserError(f'{repo} is not the name of a repository: names have the form OWNER/NAME.')
 
 
 def _write_config(folder: Path, facts: Mapping[str, Any], license: Optional[str]) -> Dict[str, Any]:
@@ -169,12 +191,7 @@ def push(
     Raises:
         UserError: A check or the upload failed. Nothing has been pushed.
     """
-    if dry_run:
-        _check_out_dir(dry_run)
-    elif not get_token():
-        raise UserError('You are not logged in: run `hf auth login`, or set HF_TOKEN.')
-    if repo.count('/') != 1:
-        raise UserError(f'{repo} is not the name of a repository: names have the form OWNER/NAME.')
+    check_destination(repo, dry_run, TFLITE)
     facts = dict(facts)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -220,7 +237,7 @@ def pull(repo: str, out_dir: str, revision: Optional[str] = None, allow_pickle: 
     Raises:
         UserError: The model cannot be downloaded, or does not pass the checks.
     """
-    _check_out_dir(out_dir)
+    check_out_dir(out_dir, TFLITE)
     name = f'{repo}@{revision}' if revision else repo
     there = fetch(name, allow_pickle)
     model = load_folder(there, name, WEIGHTS if (there / WEIGHTS).exists() else PICKLE)

@@ -185,7 +185,7 @@ def train_one_epoch(
                         )
                     optimizer.step()
         values = {k: v.detach() for k, v in result.items() if k == 'loss' or k.endswith('_loss')}
-        is_classes = isinstance(target, torch.Tensor) and getattr(args, 'task', '') != 'multilabel'
+        is_classes = isinstance(target, torch.Tensor) and args.task != 'multilabel'
         if is_classes and target.ndim == 1 and not args.aug_splits:  # not mixed
             values['top1'] = 100 * (result['output'].detach().argmax(1) == target).float().mean()
         pending.append((values, input.shape[0]))

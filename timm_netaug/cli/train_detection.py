@@ -23,7 +23,7 @@ from ..detection.detector import DenseDetector, create_backbone, describe_detect
 from ..detection.fcos import Fcos
 from ..detection.folder import detector_run, load_dense_weights
 from ..detection.metric import METRICS, check_metric
-from ..detection.pictures import draw_grid
+from ..detection.pictures import draw_results
 from ..detection.task import DetectionTask, NetAugDetectionTask
 from ..errors import UserError, exit_on_user_error
 from ..io.checkpoint import read_weights
@@ -181,12 +181,8 @@ class Detection:
 
     def write_pictures(self, task: TrainingTask, loader: DataLoader, folder: str) -> None:
         """Write `detections.jpg`: images of the validation, spread over the split, as the last evaluation saw them."""
-        found = task.evaluator.found
-        count = min(_PICTURES, len(found))
-        chosen = [sorted(found)[i * len(found) // count] for i in range(count)]
-        draw_grid([loader.dataset.image(i) for i in chosen], [found[i] for i in chosen],
-                  [task.evaluator.true[i] for i in chosen], list(self.config.class_names),
-                  os.path.join(folder, 'detections.jpg'))
+        draw_results(loader.dataset, task.evaluator, self.config.class_names, os.path.join(folder, 'detections.jpg'),
+                     _PICTURES)
 
     @staticmethod
     def how_to_load(run: RunDescription, best: str) -> str:

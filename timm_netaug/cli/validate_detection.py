@@ -18,7 +18,7 @@ from ..detection.detector import Detector
 from ..detection.evaluate import evaluate_detector
 from ..detection.folder import find_detector_folder, load_checkpoint
 from ..detection.metric import METRICS, check_metric
-from ..detection.pictures import check_picture, draw_grid
+from ..detection.pictures import check_picture, draw_results
 from ..errors import UserError, exit_on_user_error
 from .command_line import parse_args
 from .detection_flags import detection_flags, with_defaults
@@ -117,11 +117,7 @@ def validate() -> None:
     if args.results_file:
         write_results(args.results_file, {**row, **{f'AP/{k}': v for k, v in by_class.items()}}, args.results_format)
     if args.pictures:
-        indices = sorted(evaluator.found)
-        count = min(_PICTURES, len(indices))
-        chosen = [indices[i * len(indices) // count] for i in range(count)]
-        draw_grid([dataset.image(i) for i in chosen], [evaluator.found[i] for i in chosen],
-                  [evaluator.true[i] for i in chosen], list(dataset.labels), args.pictures)
+        draw_results(dataset, evaluator, list(dataset.labels), args.pictures, _PICTURES)
 
 
 def main() -> None:

@@ -17,10 +17,10 @@ from ..errors import UserError, first_line
 from ..io.atomic import atomic_write
 from ..io.data import DataSource
 from ..load import LoadedModel
-from .images import batches, open_pixels, spread
+from .images import batches
 from .output import captured
 from .packages import require, versions
-from .pipeline import DeployConfig, calibration_pixels, check_classes, check_drop
+from .pipeline import DeployConfig, calibration_pixels, check_classes, check_drop, measured_images
 from .rewrite import on_pixels
 
 __all__ = ['deploy_onnx']
@@ -99,8 +99,7 @@ def deploy_onnx(
     for module in ('onnx', 'onnxscript', 'onnxruntime'):
         require(module, 'onnx')
     model, data_config = loaded.model.eval(), loaded.data_config
-    evaluated = open_pixels(source, config.split, data_config, model.num_classes, loaded.class_names)
-    indices, _ = spread(evaluated, config.images, config.seed)
+    evaluated, indices = measured_images(loaded, source, config)
     pixels, calibration = calibration_pixels(loaded, source, config)
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, file) for file in (_FLOAT, _INT8)]

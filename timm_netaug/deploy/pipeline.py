@@ -26,7 +26,7 @@ from .tflite import to_tflite
 from .tflm import Tflm, reference_outputs
 
 __all__ = ['DeployConfig', 'calibration_pixels', 'check_classes', 'check_drop', 'check_same_task', 'deploy',
-           'read_deployment']
+           'measured_images', 'read_deployment']
 
 _FILE, _REPORT, _HEADER, _SOURCE = 'model.tflite', 'report.json', 'model.h', 'model.cc'
 
@@ -70,8 +70,14 @@ def check_classes(loaded: LoadedModel, name: str) -> None:
                         f' with one class per image: deploy a model that was trained without --task multilabel.')
     names, num_classes = loaded.class_names, loaded.model.num_classes
     if names and len(names) != num_classes:
-        raise UserError(f'{name} has {num_classes} classes, but names for {len(names)} (label_names of its config.json):'
-                        f' give each class a name, or none.')
+        raise UserError(f'{name} has {num_classes} classes, but names for {len(names)} (label_names of its'
+                        f' config.json): give each class a name, or none.')
+
+
+def measured_images(loaded: LoadedModel, source: DataSource, config: DeployConfig) -> Tuple[Any, List[int]]:
+    """Return the data set that accuracy is measured on, and the indices of its images that are measured."""
+    dataset = open_pixels(source, config.split, loaded.data_config, loaded.model.num_classes, loaded.class_names)
+    return dataset, spread(dataset, config.images, config.seed)[0]
 
 
 def calibration_pixels(loaded: LoadedModel, source: DataSource, config: DeployConfig
@@ -189,8 +195,7 @@ def deploy(
             require(module)
     model, data_config = loaded.model.eval(), loaded.data_config
     others = _others(config.beside, data_config['input_size'], model.num_classes)
-    evaluated = open_pixels(source, config.split, data_config, model.num_classes, loaded.class_names)
-    indices, _ = spread(evaluated, config.images, config.seed)
+    evaluated, indices = measured_images(loaded, source, config)
     pixels, calibration = calibration_pixels(loaded, source, config)
     info = describe(model, data_config['input_size'], samples=1, same_kernels=config.same_kernels)
 

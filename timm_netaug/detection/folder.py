@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from timm import create_model
 from timm.models import clean_state_dict, is_model, parse_model_name
 
-from ..errors import UserError, first_line
-from ..fetch import hub_errors
+from ..errors import UserError, first_line, rewording
+from ..fetch import check_size, fetch_config, hub_errors
 from ..io.atomic import atomic_write
 from ..io.checkpoint import load_weights, read_checkpoint, read_weights
 from ..io.folder import CONFIG, MAX_CONFIG, WEIGHTS, check_numbers, export_folder
@@ -187,17 +187,10 @@ def _check_size(config: DetectorConfig, size: int, source: str) -> None:
     Raises:
         UserError: The detector cannot be built, or needs weights of another size.
     """
-    try:
-        with torch.device('meta'):
-            dense = DenseDetector(create_backbone(config.backbone, **config.backbone_args), config)
-    except UserError:
-        raise
-    except Exception as e:  # a backbone of another kind may have features of any shape
-        raise UserError(f'{source} cannot be used, its detector cannot be built: {first_line(e)[:300]}.') from e
-    needed = sum(t.numel() * t.element_size() for t in dense.state_dict().values())
-    if not needed / 8 <= size <= 4 * needed + (1 << 20):  # the rule of `fetch`
-        raise UserError(f'{source} cannot be used, its weights have {size:,} bytes, and the detector that its {CONFIG}'
-                        f' describes needs {needed:,}.')
+    # A backbone of another kind may have features of any shape.
+    with rewording(f'{source} cannot be used, its detector cannot be built'), torch.device('meta'):
+        dense = DenseDetector(create_backbone(config.backbone, **config.backbone_args), config)
+    check_size(dense, size, source, 'detector')
 
 
 def _is_detector(folder: Path) -> bool:
@@ -229,10 +222,7 @@ def find_detector_folder(name: str, weights: bool = True) -> Optional[Path]:
     repo_id, _, revision = parse_model_name(name)[1].partition('@')
     revision = revision or None
     with hub_errors(repo_id, revision):
-        size = hf_hub_download(repo_id, CONFIG, revision=revision, dry_run=True).file_size
-        if size > MAX_CONFIG:
-            raise UserError(f'{name} cannot be used, its {CONFIG} has {size:,} bytes.')
-        folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision)).parent
+        folder = fetch_config(repo_id, revision, name)
         if not _is_detector(folder):
             return None
         config, _ = read_config(folder, name)

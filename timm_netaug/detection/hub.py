@@ -1,16 +1,14 @@
 """Detectors to and from the Hugging Face Hub, by the functions that push and pull classifiers."""
-import os
 import tempfile
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
 import torch
-from huggingface_hub import get_token
 
 from ..card import known_facts
 from ..errors import UserError
-from ..hub import CARD, TOLERANCE, check_target, commit
-from ..io.folder import CONFIG, WEIGHTS, copy_files
+from ..hub import CARD, TOLERANCE, check_destination, check_out_dir, check_target, commit
+from ..io.folder import copy_files
 from .annotations import read_split
 from .card import detector_card
 from .detector import Detector
@@ -19,12 +17,6 @@ from .folder import BACKBONE, architecture_of, export_detector, find_detector_fo
 from .metric import METRICS
 
 __all__ = ['pull_detector', 'push_detector']
-
-
-def _check_out_dir(out_dir: str) -> None:
-    others = set(os.listdir(out_dir)) - {WEIGHTS, CONFIG, CARD, BACKBONE} if os.path.isdir(out_dir) else ()
-    if others:
-        raise UserError(f'{out_dir} holds other files ({min(others)}): name an empty folder or a new one.')
 
 
 def _check_reload(one: Detector, other: Detector) -> None:
@@ -55,12 +47,7 @@ def push_detector(
     Raises:
         UserError: It does not work, the message says why; nothing has been pushed.
     """
-    if dry_run:
-        _check_out_dir(dry_run)
-    elif not get_token():
-        raise UserError('You are not logged in: `hf auth login`, or set HF_TOKEN.')
-    if repo.count('/') != 1:
-        raise UserError(f'{repo} is not the name of a repository, which is OWNER/NAME.')
+    check_destination(repo, dry_run, BACKBONE)
     facts = {**known_facts(dict(timm_netaug=dict(facts)), METRICS), **(dict(license=license) if license else {})}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -102,7 +89,7 @@ def pull_detector(repo: str, out_dir: str, revision: Optional[str] = None) -> bo
     there = find_detector_folder(f'hf-hub:{name}')
     if there is None:
         return False
-    _check_out_dir(out_dir)
+    check_out_dir(out_dir, BACKBONE)
     facts = known_facts(read_config(there, name)[1], METRICS)
     export_detector(load_detector_folder(there, name), out_dir, facts)
     print(f"Pulled. Load it with:\n\n    from timm_netaug.detection import create_detector\n"

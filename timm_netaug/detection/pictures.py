@@ -1,6 +1,6 @@
 """Pictures of images with the boxes that are there and those that were found."""
 import os
-from typing import List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,7 +11,7 @@ from PIL import Image
 from ..errors import UserError
 from ..io.atomic import atomic_write
 
-__all__ = ['SCORE', 'check_picture', 'draw', 'draw_grid']
+__all__ = ['SCORE', 'check_picture', 'draw', 'draw_grid', 'draw_results']
 
 SCORE = 0.5  # boxes of a lower score are not drawn
 # Okabe and Ito's colours, told apart by colour-blind readers too; they are repeated where there are more classes.
@@ -136,3 +136,26 @@ def draw(
 ) -> None:
     """Draw one image with the boxes found in it. See `draw_grid`."""
     draw_grid([image], [found], [None], class_names, out, score=score)
+
+
+def draw_results(
+        dataset: Any,
+        evaluator: Any,
+        class_names: Sequence[str],
+        out: Union[str, os.PathLike],
+        count: int,
+) -> None:
+    """Draw images of an evaluation, spread over the split, with their true and found boxes.
+
+    Args:
+        dataset: The `DetectionDataset` that was evaluated.
+        evaluator: The evaluator, after the evaluation.
+        class_names: In label order.
+        out: Path of the picture.
+        count: Largest number of images.
+    """
+    indices = sorted(evaluator.found)
+    count = min(count, len(indices))
+    chosen = [indices[i * len(indices) // count] for i in range(count)]
+    draw_grid([dataset.image(i) for i in chosen], [evaluator.found[i] for i in chosen],
+              [evaluator.true[i] for i in chosen], list(class_names), out)
