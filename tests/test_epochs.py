@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.utils.data import DataLoader
 
 from conftest import run_python
 from timm_netaug.cli.command_line import parse_args
+from timm_netaug.cli.progress import Progress
 from timm_netaug.cli.train_flags import check_train_args, loss_of, train_parser
 
 FLAGS = ['--model', 'test_efficientnet', '--img-size', 32, '-b', 60, '-j', 0, '--epochs', 3, '--warmup-epochs', 0,
@@ -77,3 +79,19 @@ def test_args_of_a_run_are_a_config(few_digits, tmp_path):
     again = parse_args(train_parser(), ['-c', str(tmp_path / 'run/args.yaml')])
     check_train_args(again)
     assert loss_of(again) == 'bce'
+
+
+def test_time_left(monkeypatch):
+    """From the mean of all batches so far, over all epochs: one of four took an hour, so three are left."""
+    now = [0.0]
+    monkeypatch.setattr('time.time', lambda: now[0])
+    progress = Progress(2, 6)
+    batches = progress.batches(2, DataLoader(range(10)))
+    next(batches)
+    now[0] = 3600.0
+    assert progress.title(2) == 'Epoch 2 (3 of 6)'
+    assert progress.time_left(9) == '3 h 00 min' and progress.time_left(4) == '7 h 00 min'
+    now[0] = 60.0
+    assert progress.time_left(9) == '3 min'
+    now[0] = 1.0
+    assert progress.time_left(9) == 'under 1 min'
