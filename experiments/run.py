@@ -63,7 +63,7 @@ def read_experiment(path: str) -> List[Run]:
         for seed in fields.get('seeds', [0]):
             runs.append(Run(
                 Path(path).stem, row, seed, {**content.get('flags', {}), **fields.get('flags', {})},
-                fields.get('variant'), fields.get('images_per_class', content.get('images_per_class'))))
+                *(fields.get(key, content.get(key)) for key in ('variant', 'images_per_class'))))
     return runs
 
 
@@ -152,10 +152,11 @@ def execute(run: Run, data_dir: str, lock: IO) -> bool:
     costs.append(dict(cpu_seconds=None, seconds=None))
     cost_file.write_text(''.join(json.dumps(c) + '\n' for c in costs))
     start = time.time()
+    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get('PYTHONPATH')])])
     with open(folder / 'log.txt', 'a') as log:
         process = subprocess.Popen(  # it holds the lock, too: it may outlive this program
             [sys.executable, *words[1:]], cwd=HERE.parent, stdout=log, stderr=log, pass_fds=(lock.fileno(),),
-            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(HERE.parent)})
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path})
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except KeyboardInterrupt:  # the training has had it, too, and saves

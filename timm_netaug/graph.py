@@ -64,12 +64,12 @@ class _Refusal(ValueError):
     """Raised if a network cannot be augmented. The class separates this error from errors of the network's code."""
 
 
-# Operators that treat every channel alike but are not tagged as pointwise by PyTorch.
+# Operators that treat every channel alike but are not tagged as pointwise by every supported PyTorch.
 _PASSING = (
     'avg_pool2d', '_adaptive_avg_pool2d', 'adaptive_avg_pool2d', 'adaptive_max_pool2d', 'max_pool2d_with_indices',
     'constant_pad_nd', 'reflection_pad2d', 'replication_pad2d', 'upsample_nearest2d', '_upsample_nearest_exact2d',
     'upsample_bilinear2d', '_upsample_bilinear2d_aa', 'upsample_bicubic2d', 'clone', 'contiguous', '_to_copy', 'detach',
-    'alias', 'lift_fresh', 'native_dropout', 'hardswish',
+    'alias', 'lift_fresh', 'native_dropout', 'hardswish', 'leaky_relu',
 )
 _SPATIAL = tuple(op for op in _PASSING if 'pool' in op or 'pad' in op or 'upsample' in op)  # input: (B, C, H, W)
 _REARRANGING = ('view', '_unsafe_view', 'reshape', 'squeeze', 'unsqueeze', 'expand', 'slice', 'select', 'permute',
@@ -116,6 +116,13 @@ def _check(model: nn.Module) -> None:
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and owners.setdefault(id(tensor), name) != name:
                 raise _Refusal(_message(modules, name, f"shares its {key} with '{owners[id(tensor)]}'"))
+
+
+def _is_pointwise(function: Any, op: str) -> bool:
+    """Return whether an operator treats every element alike. Before PyTorch 2.12, not every in-place operator has the
+    tag of its counterpart."""
+    counterpart = getattr(getattr(torch.ops.aten, op, None), function._overloadname, function)
+    return torch.Tag.pointwise in (*function.tags, *counterpart.tags)
 
 
 class _Tracer(TorchDispatchMode):
@@ -166,7 +173,7 @@ class _Tracer(TorchDispatchMode):
                 self.used_by[self.weights[id(t)].layer] = self.stack[-1]
         if op in _RULES:
             getattr(self, _RULES[op])(op, arguments, outputs[0])
-        elif flows and torch.Tag.pointwise in function.tags:
+        elif flows and _is_pointwise(function, op):
             self.pointwise(inputs, output)
         elif flows and op in _PASSING and (flows[0].dim == 1 or op not in _SPATIAL):
             pooled = flows[0].pooled or op.startswith(('_adaptive', 'adaptive'))
