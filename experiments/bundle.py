@@ -19,14 +19,14 @@ from run import HERE, done, read_experiment
 sys.path.insert(0, str(HERE.parent))
 from timm_netaug.cli import hub  # noqa: E402
 
-TAG = 'netaug_cifar10'
-EXPERIMENT = 'cifar10'
-BUNDLED = {  # model -> row, of which seed 0 ships; that with `init` in its name is the twin without NetAug
-    'netaug_mbv2_tiny': 'netaug_mbv2_tiny-expand',
-    'netaug_mbv2_035': 'netaug_mbv2_035-expand-lr0.02',
-    'netaug_mbv3_035': 'netaug_mbv3_035-expand',
-    'netaug_proxylessnas_035': 'netaug_proxylessnas_035-expand',
-    'netaug_mcunet': 'netaug_mcunet-expand',
+# ARCH.TAG -> experiment and row, of which seed 0 ships, and the row of its twin without NetAug (None: not run). A tag
+# with `netaug` is of weights trained with NetAug.
+BUNDLED = {
+    'netaug_mbv2_tiny.netaug_cifar10': ('cifar10_64', 'stage-3', 'plain'),
+    'netaug_mbv2_035.netaug_cifar10': ('cifar10_64_models', 'netaug_mbv2_035-stage-3', None),
+    'netaug_mbv3_035.cifar10': ('cifar10_64_models', 'netaug_mbv3_035-init-16', None),
+    'netaug_proxylessnas_035.cifar10': ('cifar10_64_models', 'netaug_proxylessnas_035-init-16', None),
+    'netaug_mcunet.cifar10': ('cifar10_64_models', 'netaug_mcunet-init-16', None),
 }
 # The method's. `origin_url` stays empty: the authors' repository is not where weights trained here come from.
 PAPER = 'arXiv:2110.08890'
@@ -38,22 +38,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data-dir', required=True, metavar='DIR', help='folder with validation/CLASS/')
     args = parser.parse_args()
-    runs = {(run.row, run.seed): run for run in read_experiment(str(HERE / f'{EXPERIMENT}.yaml'))}
     missing = []
-    for model, row in BUNDLED.items():
-        run, twin = runs[row, 0], runs[row.replace('-expand', '-init'), 0]
-        checkpoint, baseline = (str(HERE / 'runs' / EXPERIMENT / r.name / 'last.pth.tar') for r in (run, twin))
-        if not all(done(r) and os.path.isfile(file) for r, file in ((run, checkpoint), (twin, baseline))):
-            missing.append(model)
+    for name, (experiment, *rows) in BUNDLED.items():
+        runs = {run.row: run for run in read_experiment(str(HERE / f'{experiment}.yaml')) if run.seed == 0}
+        these = [runs[row] for row in rows if row is not None]
+        checkpoints = [str(HERE / 'runs' / experiment / r.name / 'last.pth.tar') for r in these]
+        if not all(done(r) and os.path.isfile(file) for r, file in zip(these, checkpoints)):
+            missing.append(name)
             continue
-        name = f'{model}.{TAG}'
+        run, checkpoint = these[0], checkpoints[0]
         recipe = HERE.parent / 'hfconfigs' / name
         weights = HERE.parent / 'timm_netaug' / 'weights' / name
         with tempfile.TemporaryDirectory() as folder:
             hub.main(['push', checkpoint, f'OWNER/{name}', '--dry-run', folder, '--data-dir', args.data_dir,
                       '--license', 'apache-2.0', '--dataset-name', 'cifar10',
-                      '--dataset-terms', TERMS, '--baseline', baseline,
-                      '--baseline-about', 'from the same initial weights'])
+                      '--dataset-terms', TERMS,
+                      *(['--baseline', checkpoints[1], '--baseline-about', 'from the same initial weights']
+                        if len(checkpoints) > 1 else [])])
             config = json.loads(Path(folder, 'config.json').read_text(encoding='utf-8'))
             config['pretrained_cfg']['paper_ids'] = PAPER
             Path(folder, 'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
@@ -63,9 +64,10 @@ def main() -> None:
                 for file in files:
                     shutil.copyfile(Path(folder, file), target / file)
         flags = yaml.safe_dump({**run.flags, 'seed': run.seed}, sort_keys=False, default_flow_style=None)
+        program = 'train.py' if run.variant is None else f'experiments/variants.py {run.variant}'
         (recipe / 'train.yaml').write_text(
-            f'# CIFAR-10 at 32 pixels, the bundled weights of {model} (written by experiments/bundle.py):\n'
-            f'#   python train.py -c hfconfigs/{name}/train.yaml --data-dir DATA\n{flags}')
+            f'# CIFAR-10 at {run.flags["img_size"]} pixels, the bundled weights {name} (by experiments/bundle.py):\n'
+            f'#   python {program} -c hfconfigs/{name}/train.yaml --data-dir DATA\n{flags}')
     if missing:
         sys.exit(f'Not done, or its checkpoint or that of its twin is not here: {", ".join(missing)}')
 

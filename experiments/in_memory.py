@@ -136,10 +136,11 @@ def set_up_loaders(args, splits, data_config, device, dtype) -> Tuple[TrainLoade
         UserError: A flag asks for what these loaders cannot do.
     """
     refused = [f'--{flag.replace("_", "-")}' for flag in REFUSED if getattr(args, flag)]
-    if refused or dtype != torch.float32 or not args.data_dir:
-        raise UserError(f'Images in memory are cropped, flipped and mixed alone: leave out'
-                        f' {", ".join(refused) or "--model-dtype"}.')
-    # A search for the fastest convolution pays for shapes that come back; NetAug's are too many.
-    torch.backends.cudnn.benchmark = False
+    if refused:
+        raise UserError(f'Images in memory are only cropped, flipped and mixed: leave {", ".join(refused)} out, and'
+                        f' switch the colour jitter off with --color-jitter 0.')
+    if dtype != torch.float32 or not args.data_dir:
+        raise UserError('Images in memory are float32 and come from a folder: leave --model-dtype out, and give'
+                        ' --data-dir.')
     return (TrainLoader(args, splits.train, data_config, device),
             ValidationLoader(args, splits.validation, data_config, device), None)

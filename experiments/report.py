@@ -5,6 +5,7 @@
 
 Accuracies are those after the last epoch, never the best of all. `cost` is the processor time of a run (data loading
 and validation included, one thread), relative to the mean of its unit: the row that its YAML file names, or MODEL-init.
+It is left out for runs on a GPU.
 
 Pictures name a row by its method, which follows from its flags, and by its field `detail`, which sets it apart from
 other rows of that method. Each method has one colour in all pictures (timm_netaug/cli/style.py). The rows that the
@@ -101,10 +102,12 @@ def spread(values: List[float], digits: int = 1) -> str:
 
 
 def cost(row: Row, rows: List[Row]) -> Optional[float]:
-    unit = next((r.cpu_seconds for r in rows if r.name == row.unit), None)
-    if not unit or not row.cpu_seconds:
+    unit = next((r for r in rows if r.name == row.unit), None)
+    if unit is None or not unit.cpu_seconds or not row.cpu_seconds:
         return None
-    return statistics.mean(row.cpu_seconds) / statistics.mean(unit)
+    if any(r.flags.get('device') for r in (row, unit)):  # on a GPU, the time of the processor tells nothing
+        return None
+    return statistics.mean(row.cpu_seconds) / statistics.mean(unit.cpu_seconds)
 
 
 def table(rows: List[Row]) -> str:
@@ -185,6 +188,7 @@ def draw_costs(axes: Axes, rows: List[Row], all_rows: List[Row], of: str) -> Lis
 def draw_ends(axes: Axes, rows: List[Row], groups: List[str]) -> None:
     """Draw a line of dots for every row, the best first, by model where there are several."""
     places, names, colours = [], [], []
+    timed = any(cost(row, rows) is not None for row in rows)
     for group in groups:
         if len(groups) > 1:
             places, names, colours = places + [len(places)], names + [group], colours + ['#333333']
@@ -196,8 +200,9 @@ def draw_ends(axes: Axes, rows: List[Row], groups: List[str]) -> None:
             axes.errorbar(statistics.mean(top1), y, xerr=statistics.stdev(top1) if len(top1) > 1 else None, fmt='o',
                           markersize=7, capsize=3, color=row.colour)
             relative = cost(row, rows)
-            draw_columns(axes, y, spread(top1), '?' if relative is None else f'{relative:.2f}', color=colours[-1])
-    draw_columns(axes, -0.9, 'top-1, %', 'time', weight='bold')
+            times = ['?' if relative is None else f'{relative:.2f}'] * timed
+            draw_columns(axes, y, spread(top1), *times, color=colours[-1])
+    draw_columns(axes, -0.9, 'top-1, %', *['time'] * timed, weight='bold')
     axes.set_yticks(places, names)
     for tick, colour in zip(axes.get_yticklabels(), colours):
         tick.set(color=colour, weight='bold' if tick.get_text() in groups else 'normal')

@@ -730,6 +730,14 @@ def test_registering_a_layer():
         del layers.ELASTIC[ScaledConv]
 
 
+@pytest.mark.parametrize('op', ['hardtanh', 'relu', 'elu', 'hardsigmoid'])
+def test_in_place_operators_without_a_tag(op):
+    """An in-place operator counts as its counterpart, which PyTorch has tagged for longer (2.11 lacks `hardtanh_`)."""
+    untagged = types.SimpleNamespace(tags=(), _overloadname='default')
+    assert graph._is_pointwise(untagged, op)
+    assert not graph._is_pointwise(untagged, 'softmax') and not graph._is_pointwise(untagged, 'of_another_library')
+
+
 def test_traced_once(monkeypatch):
     """A second model that computes the same is not traced again; another one is."""
     make_model = lambda **kwargs: timm.create_model('lcnet_035', num_classes=7, **kwargs)  # noqa: E731

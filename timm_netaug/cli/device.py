@@ -27,7 +27,8 @@ def choose_device(args: Any, logger: logging.Logger) -> None:
         args.device = 'cpu'
     if args.device.startswith('cuda'):
         torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
+        # The search for the fastest convolution pays for shapes that come back. With NetAug, every step has new ones.
+        torch.backends.cudnn.benchmark = not getattr(args, 'netaug', False)
 
 
 def restarts() -> int:
