@@ -63,7 +63,8 @@ def main() -> None:
                 target.mkdir(parents=True, exist_ok=True)
                 for file in files:
                     shutil.copyfile(Path(folder, file), target / file)
-        flags = yaml.safe_dump({**run.flags, 'seed': run.seed}, sort_keys=False, default_flow_style=None)
+        flags = {k: v for k, v in run.flags.items() if v is not None and k != 'device'}  # of the machine
+        flags = yaml.safe_dump({**flags, 'seed': run.seed}, sort_keys=False, default_flow_style=None)
         program = 'train.py' if run.variant is None else f'experiments/variants.py {run.variant}'
         (recipe / 'train.yaml').write_text(
             f'# CIFAR-10 at {run.flags["img_size"]} pixels, the bundled weights {name} (by experiments/bundle.py):\n'

@@ -15,6 +15,7 @@ import torch.nn as nn
 from PIL import Image
 
 from conftest import MODELS, images, make
+from timm_netaug.bundled import bundled_cfgs
 from timm_netaug.card import model_card
 from timm_netaug.cli import deploy as deploy_command
 from timm_netaug.cli import info as info_command
@@ -37,6 +38,7 @@ from timm_netaug.io.data import DataSource
 from timm_netaug.load import load_model
 
 NAME = 'netaug_mbv2_tiny.netaug_cifar10'
+SIZE = bundled_cfgs()[NAME]['input_size'][-1]
 CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 HAS_EXTRA = all(map(importlib.util.find_spec, ('litert_torch', 'ai_edge_quantizer', 'tflite_micro')))
 needs_extra = pytest.mark.skipif(not HAS_EXTRA, reason="the packages of [deploy] (1 GB) are not installed")
@@ -54,14 +56,14 @@ REPORT = dict(
 
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory):
-    """Images of 32 x 32 pixels with the classes of CIFAR-10: three to train on and two to validate on, of each."""
+    """Images of the model's size with the classes of CIFAR-10: three to train on and two to validate on, of each."""
     root, random = tmp_path_factory.mktemp('pictures'), np.random.default_rng(0)
     for split, count in (('train', 3), ('validation', 2)):
         for name in CLASSES:
             (root / split / name).mkdir(parents=True)
             for i in range(count):
                 small = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-                Image.fromarray(small).resize((32, 32)).save(root / split / name / f'{i}.png')
+                Image.fromarray(small).resize((SIZE, SIZE)).save(root / split / name / f'{i}.png')
     return root
 
 
@@ -194,7 +196,7 @@ def test_estimates_are_what_was_measured(name, activations, persistent):
 
 
 @pytest.mark.parametrize('name, flash, activations, persistent', [
-    # Files of the bundled weights at 32 x 32 pixels.
+    # Files of networks for 10 classes and 32 x 32 pixels.
     ('netaug_mbv2_tiny', 413520, 15360, 65488),
     ('netaug_mbv2_035', 528336, 15360, 72144),
     ('netaug_mbv3_035', 977408, 8192, 82768),
@@ -290,7 +292,7 @@ def test_images_are_spread_over_the_classes(pictures):
     assert spread(dataset, 20, 0)[0] == indices != spread(dataset, 20, 1)[0]
     assert spread(dataset, 0, 0)[0] == list(range(30))
     pixels, labels = next(batches(dataset, [0, 29]))
-    assert pixels.shape == (2, 32, 32, 3) and pixels.dtype == np.uint8 and labels.tolist() == [0, 9]
+    assert pixels.shape == (2, SIZE, SIZE, 3) and pixels.dtype == np.uint8 and labels.tolist() == [0, 9]
     with Image.open(dataset.filename(0, absolute=True)) as image:
         assert np.array_equal(pixels[0], np.asarray(image))
 
@@ -378,8 +380,8 @@ def test_chain(deployed, pictures, capsys):
     report, data = json.loads((deployed / 'report.json').read_text()), (deployed / 'model.tflite').read_bytes()
     assert sorted(f.name for f in deployed.iterdir()) == ['model.cc', 'model.h', 'model.tflite', 'report.json']
     assert report['bytes'] == len(data) and report['class_names'] == CLASSES and report['images'] == 20
-    assert report['tflm_against_reference']['steps'] <= 1 and report['arena']['activations'] == 15360
-    assert report['input'] == dict(shape=[32, 32, 3], scale=pytest.approx(1 / 255), zero_point=-128)
+    assert report['tflm_against_reference']['steps'] <= 1 and report['arena']['activations'] == 15 * SIZE ** 2
+    assert report['input'] == dict(shape=[SIZE, SIZE, 3], scale=pytest.approx(1 / 255), zero_point=-128)
     for part in ('flash', 'arena'):
         measured = report['bytes'] if part == 'flash' else report['arena']['total']
         assert report['estimate'][part] == pytest.approx(measured, rel=0.01)
@@ -415,13 +417,13 @@ def test_files_beside_of_one_name(deployed, pictures, tmp_path):
     copy = tmp_path / 'model.tflite'
     copy.write_bytes((deployed / 'model.tflite').read_bytes())
     files, loaded = [str(deployed / 'model.tflite'), str(copy)], load_model(NAME)
-    others = _others(files, (3, 32, 32), 10)
-    assert [name for name, _, _ in others] == files and _others(files[:1], (3, 32, 32), 10)[0][0] == 'model.tflite'
+    others = _others(files, (3, SIZE, SIZE), 10)
+    assert [name for name, _, _ in others] == files and _others(files[:1], (3, SIZE, SIZE), 10)[0][0] == 'model.tflite'
     dataset = open_pixels(DataSource(str(pictures)), 'validation', loaded.data_config, 10, loaded.class_names)
     found = measure(loaded.model, others[0][2], dataset, range(20), loaded.data_config, [o for _, _, o in others])
     assert found.others == [found.int8_top1] * 2
     with pytest.raises(UserError, match='--beside: .*none.tflite cannot be read'):
-        _others([str(tmp_path / 'none.tflite')], (3, 32, 32), 10)
+        _others([str(tmp_path / 'none.tflite')], (3, SIZE, SIZE), 10)
 
 
 def with_outside_buffer(data):
@@ -444,7 +446,7 @@ def test_outside_buffers_are_mended(deployed):
     from timm_netaug.deploy.tflm import Tflm
     data = (deployed / 'model.tflite').read_bytes()
     mended = repair(with_outside_buffer(data))
-    x = np.random.default_rng(0).integers(-128, 128, (32, 32, 3), dtype=np.int8)
+    x = np.random.default_rng(0).integers(-128, 128, (SIZE, SIZE, 3), dtype=np.int8)
     assert np.array_equal(Tflm(mended, 'mended')(x), Tflm(data, 'file')(x)) and len(mended) == len(data)
     with pytest.raises(UserError, match='not a TensorFlow Lite model'):
         repair(b'no such file')

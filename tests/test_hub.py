@@ -1,4 +1,5 @@
 """Push, pull and convert: the true client of the Hub over HTTP, against a server on the loopback address."""
+import copy
 import hashlib
 import json
 import os
@@ -599,16 +600,19 @@ def test_baseline(run_dir, tmp_path):
     """The accuracy of the same training without NetAug is on the card; that of another training is refused."""
     twin = torch.load(run_dir / 'last.pth.tar', weights_only=False)
     twin['args'].netaug, twin['metric'] = False, 12.5
+    twin['args'].netaug_init = twin['args'].amp = True  # the same start, and another precision
     push = ['-m', 'timm_netaug', 'hub', 'push', run_dir / 'last.pth.tar', 'OWNER/x',
             '--baseline', tmp_path / 'twin.pth.tar', '--baseline-about', 'of another start']
     torch.save(twin, tmp_path / 'twin.pth.tar')
     run_python(*push, '--dry-run', tmp_path / 'out')
     assert 'of the same training without NetAug (of another start), of one seed | 12.50 % |' in (tmp_path / 'out/README.md').read_text()
-    twin['args'].lr = 0.5
-    torch.save(twin, tmp_path / 'twin.pth.tar')
-    done = run_python(*push, '--dry-run', tmp_path / 'other', check=False)
-    assert done.returncode == 1 and 'is not of the same training without NetAug' in done.stderr
-    assert not (tmp_path / 'other').exists()
+    for key, value in (('lr', 0.5), ('netaug', True)):
+        other = copy.deepcopy(twin)
+        setattr(other['args'], key, value)
+        torch.save(other, tmp_path / 'twin.pth.tar')
+        done = run_python(*push, '--dry-run', tmp_path / 'other', check=False)
+        assert done.returncode == 1 and 'is not of the same training without NetAug' in done.stderr
+        assert not (tmp_path / 'other').exists()
 
 
 def test_baseline_of_more_processes(run_dir, tmp_path):

@@ -43,12 +43,12 @@ def _flags(
     return argv
 
 
-def _without_netaug(command: List[str]) -> List[str]:
-    """Return the flags of a command that are not NetAug's."""
+def _comparable(command: List[str]) -> List[str]:
+    """Return the flags of a command but for NetAug's, and for those of the precision, which may be another one."""
     words, skip = [], False
     for word in command:
         if word.startswith('--'):
-            skip = word.startswith('--netaug')
+            skip = word.startswith(('--netaug', '--amp'))
         if not skip:
             words.append(word)
     return words
@@ -112,7 +112,7 @@ def baseline_metrics(path: str, facts: Mapping[str, Any]) -> Dict[str, float]:
     if RunDescription.from_checkpoint(checkpoint) is None:
         raise UserError(f'--baseline: {path} is not a checkpoint of train.py.')
     baseline = training_record(checkpoint)
-    if baseline['command'] != _without_netaug(facts.get('command', [])):
+    if '--netaug' in baseline['command'] or _comparable(baseline['command']) != _comparable(facts.get('command', [])):
         raise UserError(f'--baseline: {path} is not of the same training without NetAug; it was trained with:'
                         f' {" ".join(baseline["command"])}')
     for key in ('processes', 'evaluated_with'):
