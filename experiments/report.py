@@ -111,13 +111,15 @@ def cost(row: Row, rows: List[Row]) -> Optional[float]:
 
 
 def table(rows: List[Row]) -> str:
-    lines = ['| row | what | epochs | seeds | top-1 | top-1 in training | cost |', '|---|---|---|---|---|---|---|']
+    timed = any(cost(row, rows) is not None for row in rows)
+    lines = ['| row | what | epochs | seeds | top-1 | top-1 in training |' + ' cost |' * timed,
+             '|---|---|---|---|---|---|' + '---|' * timed]
     for row in rows:
         relative = cost(row, rows)
         known = '' if len(row.cpu_seconds) == len(row.curves) else f' ({len(row.cpu_seconds)} of the seeds)'
         top1, in_training = (spread(row.last(column)) for column in ('eval_top1', 'train_top1'))
         lines.append(f'| `{row.name}` | {row.about} | {row.epochs} | {len(row.curves)} | {top1} | {in_training} |'
-                     f' {"" if relative is None else f"{relative:.2f}{known}"} |')
+                     + f' {"" if relative is None else f"{relative:.2f}{known}"} |' * timed)
     return '\n'.join(lines)
 
 

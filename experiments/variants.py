@@ -53,7 +53,7 @@ def bn_reference() -> None:
 def in_memory() -> None:
     """Decode the images once and keep them in the memory of the device (in_memory.py). Draw no curves."""
     train.Classification.set_up_loaders = staticmethod(in_memory_loaders)
-    train.write_curves = lambda *args: None  # half a second for each epoch, which a GPU trains in three
+    train.write_curves = lambda *args: None  # half a second for each epoch
 
 
 VARIANTS = {'momentum-stays': momentum_stays, 'bn-reference': bn_reference, 'in-memory': in_memory}

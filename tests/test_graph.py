@@ -733,9 +733,11 @@ def test_registering_a_layer():
 @pytest.mark.parametrize('op', ['hardtanh', 'relu', 'elu', 'hardsigmoid'])
 def test_in_place_operators_without_a_tag(op):
     """An in-place operator counts as its counterpart, which PyTorch has tagged for longer (2.11 lacks `hardtanh_`)."""
-    untagged = types.SimpleNamespace(tags=(), _overloadname='default')
+    untagged = types.SimpleNamespace(tags=(), _overloadname='default', namespace='aten')
     assert graph._is_pointwise(untagged, op)
-    assert not graph._is_pointwise(untagged, 'softmax') and not graph._is_pointwise(untagged, 'of_another_library')
+    assert not graph._is_pointwise(untagged, 'softmax')
+    untagged.namespace = 'another_library'
+    assert not graph._is_pointwise(untagged, op)
 
 
 def test_traced_once(monkeypatch):

@@ -41,7 +41,8 @@ def _sentence(error: BaseException, repo_id: str, revision: Optional[str]) -> Op
     if isinstance(error, RevisionNotFoundError):
         return f'{repo_id} has no revision {revision or "main"}: name an existing branch with --revision'
     if isinstance(error, LocalEntryNotFoundError):
-        return f'{repo_id} cannot be reached, and is not in the cache: try again with a connection to the Hub'
+        return (f'{repo_id} cannot be reached, and is not in the cache: try again with a connection to the Hub, and'
+                f' without HF_HUB_OFFLINE')
     if isinstance(error, EntryNotFoundError):
         return f'{repo_id} holds no model, a file is missing: {first_line(error.__cause__ or error)}'
     if status == 401:

@@ -119,9 +119,10 @@ def _check(model: nn.Module) -> None:
 
 
 def _is_pointwise(function: Any, op: str) -> bool:
-    """Return whether an operator treats every element alike. Before PyTorch 2.12, not every in-place operator has the
-    tag of its counterpart."""
-    counterpart = getattr(getattr(torch.ops.aten, op, None), function._overloadname, function)
+    """Return whether an operator treats every element alike."""
+    # Some in-place operators lack the tag of their counterparts: hardtanh_ in PyTorch 2.11, mish_ still in 2.14.
+    packet = getattr(torch.ops.aten, op, None) if function.namespace == 'aten' else None
+    counterpart = getattr(packet, function._overloadname, function)
     return torch.Tag.pointwise in (*function.tags, *counterpart.tags)
 
 

@@ -27,7 +27,7 @@ def choose_device(args: Any, logger: logging.Logger) -> None:
         args.device = 'cpu'
     if args.device.startswith('cuda'):
         torch.backends.cuda.matmul.allow_tf32 = True
-        # The search for the fastest convolution pays for shapes that come back. With NetAug, every step has new ones.
+        # The search for the fastest convolution costs time for each new shape. NetAug has many, so it is off.
         torch.backends.cudnn.benchmark = not getattr(args, 'netaug', False)
 
 

@@ -44,7 +44,7 @@ def _flags(
 
 
 def _comparable(command: List[str]) -> List[str]:
-    """Return the flags of a command but for NetAug's, and for those of the precision, which may be another one."""
+    """Return the flags that a baseline must share: all but NetAug's and those of the precision."""
     words, skip = [], False
     for word in command:
         if word.startswith('--'):

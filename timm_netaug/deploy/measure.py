@@ -70,8 +70,9 @@ def measure(
     """
     counts: Dict[str, int] = dict(float=0, int8=0, agree=0)
     right, done = [0] * len(others), 0
+    order = np.random.default_rng(0).permutation(indices)  # by class, the progress would show one class's accuracy
     with tqdm(total=len(indices), desc='Measure', unit='image', leave=False, disable=None, dynamic_ncols=True) as bar:
-        for pixels, labels in batches(dataset, indices):
+        for pixels, labels in batches(dataset, order):
             expected = model(normalised(pixels, data_config)).argmax(1).numpy()
             found = np.array([file(image).argmax() for image in from_camera(pixels)])
             counts['float'] += int((expected == labels).sum())
