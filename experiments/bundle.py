@@ -19,6 +19,7 @@ from run import HERE, Run, done, read_experiment
 sys.path.insert(0, str(HERE.parent))
 from timm_netaug.cli import hub  # noqa: E402
 
+
 class Bundled(NamedTuple):
     """Where weights come from: seed 0 of a row."""
     experiment: str

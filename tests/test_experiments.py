@@ -60,6 +60,14 @@ def test_page():
     assert report.page(report.PAGE.read_text(), draw=False) == report.PAGE.read_text()
 
 
+@pytest.mark.parametrize('on_gpu', [(), ('unit',), ('row',), ('unit', 'row')])
+def test_no_cost_on_a_gpu(on_gpu):
+    """Processor time is the cost of runs on a CPU alone."""
+    unit, row = (report.Row(name, '', 1, [[]], [seconds], 'unit', '', dict(device='cuda') if name in on_gpu else {})
+                 for name, seconds in (('unit', 2.0), ('row', 3.0)))
+    assert report.cost(row, [unit, row]) == (None if on_gpu else 1.5)
+
+
 FLAGS = ['--num-classes', 10, '--img-size', 32, '--model', 'netaug_mbv2_tiny', '-b', 60, '-j', 0, '--epochs', 2,
          '--warmup-epochs', 0, '--lr', 0.05, '--netaug', '--netaug-stop-width-at', 1, '--color-jitter', 0]
 

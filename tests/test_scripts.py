@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import timm_netaug
 from conftest import ROOT, SMALL_RUN, images, make, make_supernet, readme_block, run_python
 from timm_netaug.cli import build
 from timm_netaug.cli.command_line import parse_args
+from timm_netaug.cli.device import choose_device
 from timm_netaug.cli.flags import all_flags
 from timm_netaug.cli.train_flags import TRAIN_FLAGS, check_train_args, netaug_config, train_parser
 from timm_netaug.cli.validate_flags import VALIDATE_FLAGS, validate_parser
@@ -677,3 +679,15 @@ def test_names_of_a_teacher_with_fewer_classes(digits, teachers):
                                        f'local-dir:{teachers}/same'])
     with pytest.raises(UserError, match='10 names, here 8'):
         build.set_up_teacher(args, dict(input_size=(3, 32, 32)), list('01234567'), torch.device('cpu'), torch.float32)
+
+
+@pytest.mark.parametrize('flags, search', [(dict(netaug=True), False), (dict(netaug=False), True), ({}, True)])
+def test_search_for_convolutions_on_a_gpu(flags, search, monkeypatch):
+    """NetAug has many shapes, for which cuDNN's search does not pay; validate.py has no such flag."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    before = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32
+    try:
+        choose_device(types.SimpleNamespace(device='cuda', **flags), None)
+        assert torch.backends.cudnn.benchmark == search
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32 = before
