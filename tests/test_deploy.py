@@ -1,5 +1,6 @@
 """From a model to a file for microcontrollers: rewrites, repairs, sentences; and the chain, where its packages are."""
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -14,23 +15,32 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from conftest import MODELS, images, make
+from conftest import MODELS, images, make, randomise
+from detection_data import write_voc
 from timm_netaug.bundled import bundled_cfgs
 from timm_netaug.card import model_card
 from timm_netaug.cli import deploy as deploy_command
+from timm_netaug.cli import hub as hub_command
 from timm_netaug.cli import info as info_command
 from timm_netaug.costs import costs, greedy_plan
 from timm_netaug.deploy.c_source import c_header, c_source
+from timm_netaug.deploy.detector import DenseOutputs, raw_predictions
 from timm_netaug.deploy.images import batches, normalised, open_pixels, spread
 from timm_netaug.deploy.measure import from_camera, measure, quantised
 from timm_netaug.deploy.onnx import deploy_onnx
 from timm_netaug.deploy.output import captured
 from timm_netaug.deploy.packages import require
 from timm_netaug.deploy.pipeline import (
-    DeployConfig, _others, calibration_pixels, check_drop, check_same_task, deploy, read_deployment)
+    DeployConfig, _others, _weights_hash, calibration_pixels, check_drop, check_same_task, deploy, read_deployment)
 from timm_netaug.deploy.repair import inline_buffers, outside_buffers, strip
 from timm_netaug.deploy.report import card_section, text_table
 from timm_netaug.deploy.rewrite import on_pixels, with_same_kernels
+from timm_netaug.deploy.tflm import Quantised
+from timm_netaug.detection import create_detector
+from timm_netaug.detection.annotations import read_split
+from timm_netaug.detection.data import DetectionDataset, pixel_transform
+from timm_netaug.detection.detector import DetectorConfig, build_detector
+from timm_netaug.detection.folder import export_detector
 from timm_netaug.errors import UserError
 from timm_netaug.fits import Board, check_fits, parse_board
 from timm_netaug.info import describe
@@ -41,6 +51,8 @@ NAME = 'netaug_mbv2_tiny.netaug_cifar10'
 SIZE = bundled_cfgs()[NAME]['input_size'][-1]
 CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 HAS_EXTRA = all(map(importlib.util.find_spec, ('litert_torch', 'ai_edge_quantizer', 'tflite_micro')))
+needs_metric = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ('torchmetrics', 'faster_coco_eval'))), reason='no [detection]')
 needs_extra = pytest.mark.skipif(not HAS_EXTRA, reason="the packages of [deploy] (1 GB) are not installed")
 REPORT = dict(
     model='a_model', architecture='netaug_mcunet', file='model.tflite', bytes=20, num_classes=2,
@@ -109,14 +121,15 @@ def test_input_of_other_files():
     """A file of `deploy` takes pixels minus 128, another one normalised images."""
     pixels = np.array([[[[0, 128, 255]]]], np.uint8)
     config = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
-    ours = SimpleNamespace(input_scale=np.float32(1 / 255), input_zero_point=-128)
+    ours = SimpleNamespace(input=Quantised((1, 1, 3), np.float32(1 / 255), -128))
     assert quantised(pixels, config, ours).ravel().tolist() == [-128, 0, 127]
-    other = SimpleNamespace(input_scale=0.02, input_zero_point=10)
+    other = SimpleNamespace(input=Quantised((1, 1, 3), 0.02, 10))
     assert quantised(pixels, config, other).ravel().tolist() == [-40, 10, 60]
 
 
 def test_other_files_have_the_shapes_of_the_model():
-    file = SimpleNamespace(name='b.tflite', input_shape=(32, 32, 3), output_shape=(10,))
+    file = SimpleNamespace(name='b.tflite', input=Quantised((32, 32, 3), 1 / 255, -128),
+                           outputs=[Quantised((10,), 0.1, 0)])
     check_same_task(file, (3, 32, 32), 10)
     with pytest.raises(UserError, match='the input of b.tflite has the shape 32 x 32 x 3, and that of the model.*48'):
         check_same_task(file, (3, 48, 48), 10)
@@ -390,8 +403,7 @@ def test_chain(deployed, pictures, capsys):
     dataset = open_pixels(DataSource(str(pictures)), 'validation', loaded.data_config, 10, loaded.class_names)
     pixels, _ = next(batches(dataset, range(20)))
     file = Tflm(data, 'the file')
-    found = np.stack([file(image) for image in from_camera(pixels)])
-    found = (found.astype(float) - file.output_zero_point) * file.output_scale
+    found = file.outputs[0].values(np.stack([file(image)[0] for image in from_camera(pixels)]))
     with torch.inference_mode():
         logits = loaded.model(normalised(pixels, loaded.data_config)).numpy()
     assert np.corrcoef(found.ravel(), logits.ravel())[0, 1] > 0.98
@@ -450,6 +462,122 @@ def test_outside_buffers_are_mended(deployed):
     assert np.array_equal(Tflm(mended, 'mended')(x), Tflm(data, 'file')(x)) and len(mended) == len(data)
     with pytest.raises(UserError, match='not a TensorFlow Lite model'):
         repair(b'no such file')
+
+
+DETECTOR_REPORT = {
+    **{k: v for k, v in REPORT.items() if k not in ('float_top1', 'int8_top1', 'agreement', 'output', 'beside')},
+    'float': dict(AP=30.0, AP50=60.0), 'int8': dict(AP=29.5, AP50=59.0), 'beside': [], 'anchor_scale': 0.4,
+    'outputs': [dict(kind='cls_logits', stride=8, shape=[1, 2, 2], scale=0.5, zero_point=3),
+                dict(kind='bbox_regression', stride=8, shape=[1, 2, 4], scale=0.25, zero_point=-128)]}
+
+
+def test_report_of_a_detector():
+    table, section, header = (f(DETECTOR_REPORT) for f in (text_table, card_section, c_header))
+    for part in ('60.00 % of 1,000 images', '59.00 %', 'cls_logits, stride 8', '1 x 2 x 4 int8 (scale 0.25'):
+        assert part in table and part in section
+    for part in ('//   output(1): bbox_regression, stride 8, 1 x 2 x 4, scale 0.25, zero point -128', 'stride * 0.4 away',
+                 'kNumClasses = 2;'):
+        assert part in header
+    assert 'the largest one is of the class' not in header and max(map(len, header.splitlines())) <= 120
+
+
+@pytest.fixture(scope='module')
+def boxes(tmp_path_factory):
+    return write_voc(tmp_path_factory.mktemp('boxes'), train=12)
+
+
+@pytest.fixture(scope='module')
+def detector_run(tmp_path_factory):
+    """A checkpoint of a detector that has not been trained, with weights that make its predictions differ."""
+    config = DetectorConfig('test_efficientnet', 3, (64, 96), class_names=['blue', 'green', 'red'])
+    torch.manual_seed(0)
+    detector = build_detector(config)
+    randomise(detector.dense)
+    folder = tmp_path_factory.mktemp('detector') / 'folder'
+    export_detector(detector.eval(), folder)
+    return folder
+
+
+def test_raw_predictions():
+    """Whatever runs the file: kind by kind, each at its strides, channels first."""
+    outputs = [Quantised((2, 3, n), 0.5, 1) for n in (5, 5, 5, 4, 4, 4, 1, 1, 1)]
+
+    class File:
+        def __call__(self, image):
+            return [np.full(o.shape, i, np.int8) + np.arange(o.shape[-1], dtype=np.int8) + image[0, 0, 0]
+                    for i, o in enumerate(self.outputs)]
+
+    file = File()
+    file.outputs = outputs
+    found = raw_predictions(file, np.stack([np.full((1, 1, 3), i, np.int8) for i in range(2)]))
+    assert {k: [tuple(t.shape) for t in v] for k, v in found.items()} == dict(
+        cls_logits=[(2, 5, 2, 3)] * 3, bbox_regression=[(2, 4, 2, 3)] * 3, bbox_ctrness=[(2, 1, 2, 3)] * 3)
+    assert found['bbox_regression'][1][1, 2].unique().tolist() == [(4 + 2 + 1 - 1) * 0.5]
+
+
+def test_outputs_of_the_dense_part(detector_run):
+    dense = create_detector(f'local-dir:{detector_run}').eval().dense
+    x = images(1, 64)
+    with torch.inference_mode():
+        want, found = dense(x), DenseOutputs(dense)(x)
+    assert len(found) == 9
+    for i, kind in enumerate(('cls_logits', 'bbox_regression', 'bbox_ctrness')):
+        assert all(map(torch.equal, found[3 * i:3 * i + 3], want[kind]))
+
+
+@pytest.mark.parametrize('flags, told', [
+    (['--beside', 'x.tflite'], '--beside: not for a detector'), (['--img-size', '64'], '--img-size: not for a det'),
+    (['--format', 'onnx'], '--format onnx is for classifiers')])
+def test_flags_that_are_not_for_detectors(flags, told, detector_run, boxes, tmp_path):
+    with pytest.raises(SystemExit, match=told):
+        deploy_command.main([str(detector_run), str(tmp_path / 'out'), '--data-dir', str(boxes), *flags])
+    assert not (tmp_path / 'out').exists()
+
+
+@needs_metric
+@needs_extra
+def test_chain_of_a_detector(detector_run, boxes, tmp_path):
+    """The predictions of the file are those of the model, in its places, up to the steps of int8."""
+    from timm_netaug.deploy.tflm import Tflm
+    out, argv = tmp_path / 'out', [str(detector_run), str(tmp_path / 'out'), '--data-dir', str(boxes)]
+    with pytest.raises(SystemExit, match='The train split has 5 images, which is too few to calibrate'):
+        deploy_command.main([*argv, '--calibration-images', '5'])
+    deploy_command.main([*argv, '--max-drop', '100'])
+    report, data = json.loads((out / 'report.json').read_text()), (out / 'model.tflite').read_bytes()
+    assert sorted(f.name for f in out.iterdir()) == ['model.cc', 'model.h', 'model.tflite', 'report.json']
+    assert report['class_names'] == ['blue', 'green', 'red'] and report['images'] == 6 and report['split'] == 'val'
+    assert report['arena']['activations'] == report['estimate']['activations']
+    assert [o['stride'] for o in report['outputs']] == [8, 16, 32] * 3
+    assert [o['shape'] for o in report['outputs'][:3]] == [[8, 12, 3], [4, 6, 3], [2, 3, 3]]
+    detector = create_detector(f'local-dir:{detector_run}').eval()
+    config = detector.config.data_config
+    dataset = DetectionDataset(read_split(str(boxes), 'val'), ['blue', 'green', 'red'], pixel_transform(config))
+    pixels = np.stack([dataset[i][0].permute(1, 2, 0).numpy() for i in range(6)])
+    found = raw_predictions(Tflm(data, 'file'), from_camera(pixels))
+    with torch.inference_mode():
+        want = detector.dense(normalised(pixels, config))
+    for kind, levels in want.items():
+        for one, other in zip(levels, found[kind]):
+            assert one.shape == other.shape and np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.98, kind
+    assert read_deployment(str(out), detector.dense) == (out / 'model.tflite', report)
+
+
+def test_push_of_a_deployed_detector(detector_run, tmp_path):
+    """A push takes the int8 file of this detector alone; the next push without one removes it."""
+    dry, deployed = tmp_path / 'dry', tmp_path / 'deployed'
+    deployed.mkdir()
+    (deployed / 'model.tflite').write_bytes(b'int8')
+    weights = create_detector(f'local-dir:{detector_run}').dense
+    report = dict(DETECTOR_REPORT, sha256=hashlib.sha256(b'int8').hexdigest(), weights_sha256=_weights_hash(weights))
+    (deployed / 'report.json').write_text(json.dumps(report))
+    push = ['push', str(detector_run), 'OWNER/NAME', '--dry-run', str(dry)]
+    hub_command.main([*push, '--deployed', str(deployed)])
+    assert (dry / 'model.tflite').read_bytes() == b'int8' and card_section(report) in (dry / 'README.md').read_text()
+    hub_command.main(push)
+    assert not (dry / 'model.tflite').exists() and 'microcontroller' not in (dry / 'README.md').read_text()
+    (deployed / 'report.json').write_text(json.dumps(dict(report, weights_sha256='0')))
+    with pytest.raises(SystemExit, match='it was made of other weights'):
+        hub_command.main([*push, '--deployed', str(deployed)])
 
 
 @needs_extra

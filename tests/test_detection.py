@@ -732,7 +732,7 @@ def test_commands_for_detectors(hub, tmp_path, capsys):
     assert all(info['parameters'] == of_run['parameters'] for info in others)
     for command, flag in ((['info', checkpoint], '--model'), (['export', checkpoint, tmp_path / 'out'], '--model'),
                           *((['hub', 'push', checkpoint, 'owner/new'], f'--{name}')
-                            for name in ('model', 'deployed', 'baseline', 'baseline-about'))):
+                            for name in ('model', 'baseline', 'baseline-about'))):
         with pytest.raises(SystemExit, match=f'{flag}: not for a detector. Leave it out.'):
             run_command([*map(str, command), flag, 'x'])
     with pytest.raises(SystemExit, match='holds one set of weights: leave --use-ema out'):

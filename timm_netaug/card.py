@@ -133,13 +133,18 @@ Flash and RAM are for {size}. {MEMORY_MODEL}""",
         split = facts.get('evaluated_with', ['--split', 'validation'])
         line = ['python', 'validate.py', '--data-dir', 'DATA', '--model', f'hf-hub:{repo}', *split]
         parts.append(f'## Metrics\n\n| `{split[-1]}` split{images} | |\n|---|---|\n{rows}\n{shell_block(line)}')
-    if facts.get('deployed'):
-        try:
-            parts.append(card_section(facts['deployed']))
-        except (KeyError, TypeError, ValueError, AttributeError):  # of a config that another program has written
-            pass
+    parts += deployed_section(facts)
     parts.append(f'## Citation\n\n```bibtex\n{CITATION}\n```')
     return '\n\n'.join(parts) + '\n'
+
+
+def deployed_section(facts: Mapping[str, Any]) -> List[str]:
+    """Return the section about the int8 file in a list; an empty one where there is no file, or its report is broken,
+    as it may be in a config that another program has written."""
+    try:
+        return [card_section(facts['deployed'])] if facts.get('deployed') else []
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []
 
 
 def _numbers(values: List[float]) -> str:

@@ -4,16 +4,20 @@ import json
 import logging
 import time
 from functools import partial
-from typing import Optional, Sequence
+from typing import Callable, Optional, Sequence
 
+from ..deploy.detector import deploy_detector
 from ..deploy.onnx import deploy_onnx
 from ..deploy.pipeline import DeployConfig, deploy
 from ..deploy.report import text_table
+from ..detection.fcos import STRIDES
+from ..detection.folder import load_trained
 from ..errors import UserError, exit_on_user_error
 from ..fits import check_fits, parse_board
 from ..info import describe
 from ..io.data import DataSource
-from ..load import load_model
+from ..load import LoadedModel, load_model
+from .flags import refuse_for_detector
 
 __all__ = ['main']
 
@@ -26,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     default = DeployConfig()
     flag = parser.add_argument
     flag('source', metavar='CHECKPOINT|NAME',
-         help='checkpoint of train.py, exported folder, or timm model with weights')
+         help='checkpoint of train.py or train_detection.py, exported folder, or timm model with weights')
     flag('out_dir', help='folder for model.tflite, model.h, model.cc and report.json')
     flag('--data-dir', metavar='DIR', required=True, help='root of the data set')
     flag('--dataset', default='', metavar='NAME', help="timm's TYPE/NAME of a data set; empty: image folders")
@@ -36,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
               ' (%(default)s)')
     flag('--calibration-split', default=default.calibration_split, metavar='NAME',
          help='split to calibrate with (%(default)s)')
-    flag('--split', default=default.split, metavar='NAME', help='split to measure accuracy on (%(default)s)')
+    flag('--split', metavar='NAME', help=f'split to measure accuracy on ({default.split}; val for a detector)')
     flag('--calibration-images', type=int, default=default.calibration_images, metavar='N',
          help='images to calibrate with, spread over the classes (%(default)s)')
     flag('--images', type=int, default=default.images, metavar='N',
@@ -45,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     flag('--no-same-kernels', action='store_true',
          help='leave the kernels of convolutions with stride 2 as they are; their padding takes more memory then')
     flag('--max-drop', type=float, default=default.max_drop, metavar='POINTS',
-         help='points of top-1 that int8 may lose (%(default)s)')
+         help='points of top-1, of AP50 for a detector, that int8 may lose (%(default)s)')
     flag('--max-steps', type=int, default=default.max_steps, metavar='N',
          help='steps by which the outputs may differ from those of the reference kernels (%(default)s)')
     flag('--beside', nargs='+', default=(), metavar='FILE',
@@ -59,6 +63,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _source(args: argparse.Namespace, loaded: LoadedModel) -> DataSource:
+    return DataSource(args.data_dir, dataset=args.dataset, class_map=args.class_map,
+                      input_img_mode=loaded.input_img_mode)
+
+
+def _onnx(args: argparse.Namespace, loaded: LoadedModel, config: DeployConfig, with_board: bool,
+          say: Callable[[str], None]) -> None:
+    if with_board or args.beside or args.no_same_kernels:
+        raise UserError('--fits, --beside and --no-same-kernels are for --format tflite: leave them out.')
+    print(json.dumps(deploy_onnx(loaded, args.source, args.out_dir, _source(args, loaded), config, say), indent=2))
+
+
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = _parser().parse_args(argv)
     logging.getLogger('timm').setLevel(logging.ERROR)
@@ -68,26 +84,32 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                 raise UserError(f'--{name.replace("_", "-")} must be at least {least}, got {getattr(args, name)}.')
         board = parse_board(args.fits) if args.fits else None
         start = time.monotonic()
-        loaded = load_model(args.source, args.model, args.use_ema or None, flags=dict(img_size=args.img_size))
+        detector = load_trained(args.source, args.use_ema or None)[0]
+        split = args.split or ('val' if detector is not None else DeployConfig.split)
         config = DeployConfig(
-            **{k: getattr(args, k) for k in ('calibration_split', 'split', 'calibration_images', 'images', 'seed',
-                                             'max_drop', 'max_steps')},
+            **{k: getattr(args, k) for k in ('calibration_split', 'calibration_images', 'images', 'seed', 'max_drop',
+                                             'max_steps')},
+            split=split,
             same_kernels=not args.no_same_kernels,
             beside=tuple(args.beside),
         )
-        source = DataSource(args.data_dir, dataset=args.dataset, class_map=args.class_map,
-                            input_img_mode=loaded.input_img_mode)
         say = partial(print, flush=True)
-        if args.format == 'onnx':
-            if board or args.beside or args.no_same_kernels:
-                raise UserError('--fits, --beside and --no-same-kernels are for --format tflite: leave them out.')
-            report = deploy_onnx(loaded, args.source, args.out_dir, source, config, say)
-            print(json.dumps(report, indent=2))
-            return
-        report = deploy(loaded, args.source, args.out_dir, source, config, say)
+        if detector is not None:
+            refuse_for_detector(args, 'dataset', 'class_map', 'beside', 'model', 'img_size')
+            if args.format == 'onnx':
+                raise UserError('--format onnx is for classifiers: leave it out.')
+            report = deploy_detector(detector, args.source, args.out_dir, args.data_dir, config, say)
+            model, input_size, step = detector.dense, detector.config.data_config['input_size'], dict(step=STRIDES[-1])
+        else:
+            loaded = load_model(args.source, args.model, args.use_ema or None, flags=dict(img_size=args.img_size))
+            if args.format == 'onnx':
+                _onnx(args, loaded, config, board is not None, say)
+                return
+            report = deploy(loaded, args.source, args.out_dir, _source(args, loaded), config, say)
+            model, input_size, step = loaded.model, loaded.data_config['input_size'], {}
         print(f'\n{text_table(report)}\n\nWritten to {args.out_dir} in {time.monotonic() - start:.0f} s:'
               f' model.tflite, model.h, model.cc, report.json.', flush=True)
         if board:
-            info = describe(loaded.model, loaded.data_config['input_size'], samples=1, same_kernels=config.same_kernels)
+            info = describe(model, input_size, samples=1, same_kernels=config.same_kernels)
             measured = dict(arena=report['arena']['total'], flash=report['bytes'])
-            check_fits(loaded.model, info, board, measured, config.same_kernels)
+            check_fits(model, info, board, measured, config.same_kernels, **step)

@@ -6,7 +6,10 @@
 import argparse
 import json
 import os
-from typing import Any, Dict, Optional, Sequence
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch.nn as nn
 
 from ..card import known_facts
 from ..deploy.pipeline import read_deployment
@@ -53,32 +56,30 @@ def _facts(args: argparse.Namespace, loaded: LoadedModel) -> Dict[str, Any]:
 
 
 def _push(args: argparse.Namespace) -> None:
+    common = dict(revision=args.revision, private=args.private, dry_run=args.dry_run, data_dir=args.data_dir,
+                  license=args.license)
     detector, run = load_trained(args.checkpoint, args.use_ema or None)
     if detector is not None:
-        refuse_for_detector(args, 'model', 'deployed', 'baseline', 'baseline_about')
+        refuse_for_detector(args, 'model', 'baseline', 'baseline_about')
         facts = detection_record(read_checkpoint(args.checkpoint), args.use_ema or None) if run else known_facts(
             read_config(find_detector_folder(args.checkpoint), args.checkpoint)[1], DETECTION_METRICS)
         facts.update({k: v for k in ('dataset', 'dataset_terms') if (v := getattr(args, k))})
-        push_detector(detector, args.repo, facts, revision=args.revision, private=args.private, dry_run=args.dry_run,
-                      data_dir=args.data_dir, license=args.license)
+        files = _deployed(args, detector.dense, facts)
+        push_detector(detector, args.repo, facts, files=files, **common)
         return
     loaded = _load(args)
-    facts, files = _facts(args, loaded), []
+    facts = _facts(args, loaded)
+    files = _deployed(args, loaded.model, facts)
+    push(loaded, args.repo, facts, files=files, **common)
+
+
+def _deployed(args: argparse.Namespace, model: nn.Module, facts: Dict[str, Any]) -> List[Path]:
+    """Put the report of --deployed among the facts, and return the files to push with the model."""
     facts.pop('deployed', None)  # of an earlier push, whose int8 file is not pushed again
-    if args.deployed:
-        file, facts['deployed'] = read_deployment(args.deployed, loaded.model)
-        files = [file]
-    push(
-        loaded,
-        args.repo,
-        facts,
-        revision=args.revision,
-        private=args.private,
-        dry_run=args.dry_run,
-        data_dir=args.data_dir,
-        license=args.license,
-        files=files,
-    )
+    if not args.deployed:
+        return []
+    file, facts['deployed'] = read_deployment(args.deployed, model)
+    return [file]
 
 
 def _pull(args: argparse.Namespace) -> None:

@@ -16,6 +16,26 @@ def _adder(operator: str) -> str:
     return _ADDERS.get(operator, 'Add' + ''.join(part.title() for part in operator.split('_'))) + '()'
 
 
+def _about_output(report: Mapping[str, Any]) -> str:
+    """Return the lines of the comment that say how the output is read."""
+    if 'outputs' not in report:
+        return (f'// Output: {report["num_classes"]} int8 values, the largest one is of the class. A logit is\n'
+                f'// {report["output"]["scale"]:.9g} * (value - ({report["output"]["zero_point"]})).')
+    lines = [f'//   output({i}): {o["kind"]}, stride {o["stride"]}, {" x ".join(map(str, o["shape"]))}, scale'
+             f' {o["scale"]:.9g}, zero point {o["zero_point"]}' for i, o in enumerate(report['outputs'])]
+    return '\n'.join([
+        f'// Outputs: {len(lines)} int8 tensors (rows, columns, channels). A value is scale * (int8 - zero point).',
+        '//',
+        *lines,
+        '//',
+        '// The point of a row and a column lies at x = (column + 0.5) * stride, y = (row + 0.5) * stride, in pixels of',
+        '// the input. Its score for class k is sqrt(sigmoid(cls_logits[k]) * sigmoid(bbox_ctrness)). The left, upper,',
+        '// right and lower side of its box are the four values of bbox_regression times',
+        f'// stride * {report["anchor_scale"]:.9g} away from it. Among boxes of a class that overlap, only the best is'
+        f' kept',
+        '// (non-maximum suppression, at an intersection over union of 0.6).'])
+
+
 def c_header(report: Mapping[str, Any]) -> str:
     """Return `model.h`: what a sketch needs to know, from the report of a deployment."""
     operators = sorted(report['operators'])
@@ -42,8 +62,7 @@ def c_header(report: Mapping[str, Any]) -> str:
 //   for (int i = 0; i < kInputSize; ++i) interpreter.input(0)->data.int8[i] = (int8_t)(camera[i] - 128);
 //   interpreter.Invoke();
 //
-// Output: {report['num_classes']} int8 values, the largest one is of the class. A logit is
-// {report['output']['scale']:.9g} * (value - ({report['output']['zero_point']})).
+{_about_output(report)}
 #ifndef TIMM_NETAUG_MODEL_H_
 #define TIMM_NETAUG_MODEL_H_
 

@@ -42,9 +42,9 @@ def quantised(pixels: np.ndarray, data_config: Mapping[str, Any], file: Tflm) ->
     A file that `deploy` has written takes the pixel minus 128: its scale is 1 / 255 and its zero point -128. Any other
     file takes normalised images.
     """
-    if file.input_zero_point == -128 and abs(255 * file.input_scale - 1) < 0.01:
+    if file.input.zero_point == -128 and abs(255 * file.input.scale - 1) < 0.01:
         return from_camera(pixels)
-    values = normalised(pixels, data_config).permute(0, 2, 3, 1).numpy() / file.input_scale + file.input_zero_point
+    values = normalised(pixels, data_config).permute(0, 2, 3, 1).numpy() / file.input.scale + file.input.zero_point
     return np.clip(np.round(values), -128, 127).astype(np.int8)
 
 
@@ -74,12 +74,12 @@ def measure(
     with tqdm(total=len(indices), desc='Measure', unit='image', leave=False, disable=None, dynamic_ncols=True) as bar:
         for pixels, labels in batches(dataset, order):
             expected = model(normalised(pixels, data_config)).argmax(1).numpy()
-            found = np.array([file(image).argmax() for image in from_camera(pixels)])
+            found = np.array([file(image)[0].argmax() for image in from_camera(pixels)])
             counts['float'] += int((expected == labels).sum())
             counts['int8'] += int((found == labels).sum())
             counts['agree'] += int((expected == found).sum())
             for i, other in enumerate(others):
-                chosen = [other(image).argmax() for image in quantised(pixels, data_config, other)]
+                chosen = [other(image)[0].argmax() for image in quantised(pixels, data_config, other)]
                 right[i] += int((np.array(chosen) == labels).sum())
             done += len(labels)
             bar.update(len(labels))

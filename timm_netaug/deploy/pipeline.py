@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
 import torch.nn as nn
@@ -25,8 +25,8 @@ from .report import card_section
 from .tflite import to_tflite
 from .tflm import Tflm, reference_outputs
 
-__all__ = ['DeployConfig', 'calibration_pixels', 'check_classes', 'check_drop', 'check_same_task', 'deploy',
-           'measured_images', 'read_deployment']
+__all__ = ['DeployConfig', 'build', 'calibration_pixels', 'check_classes', 'check_drop', 'check_same_task', 'deploy',
+           'measured_images', 'read_deployment', 'require_chain', 'write_deployment']
 
 _FILE, _REPORT, _HEADER, _SOURCE = 'model.tflite', 'report.json', 'model.h', 'model.cc'
 
@@ -42,7 +42,7 @@ class DeployConfig:
         images: Number of images to measure accuracy on, 0 for all of the split.
         seed: Of the drawing of images.
         same_kernels: Write convolutions of stride 2 with larger kernels and SAME padding (`rewrite.with_same_kernels`).
-        max_drop: Points of top-1 that int8 may lose.
+        max_drop: Points of top-1, of AP50 for a detector, that int8 may lose.
         compared_images: Number of images on which the outputs are compared with those of the reference kernels.
         max_steps: Steps of the int8 output by which they may differ.
         beside: Other int8 files for the same task, to be measured in the same run.
@@ -109,8 +109,9 @@ def _compare(data: bytes, file: Tflm, pixels: np.ndarray, max_steps: int) -> int
         UserError: It is larger than `max_steps`.
     """
     images = from_camera(pixels)
-    found = np.stack([file(image) for image in images]).astype(int)
-    steps = int(np.abs(found - reference_outputs(data, images).astype(int)).max())
+    steps = max(int(np.abs(found.astype(int) - expected).max())
+                for image, outputs in zip(images, reference_outputs(data, images))
+                for found, expected in zip(file(image), outputs))
     if steps > max_steps:
         raise UserError(f'The outputs of TensorFlow Lite Micro differ from those of the reference kernels by {steps}'
                         f' steps on {len(images)} images, and at most {max_steps} are tolerated (--max-steps): the file'
@@ -119,15 +120,15 @@ def _compare(data: bytes, file: Tflm, pixels: np.ndarray, max_steps: int) -> int
     return steps
 
 
-def check_drop(float_top1: float, int8_top1: float, max_drop: float) -> None:
-    """Refuse an int8 file that loses more points of top-1 than `max_drop`.
+def check_drop(in_float: float, in_int8: float, max_drop: float, metric: str = 'top-1') -> None:
+    """Refuse an int8 file that loses more points of a metric in percent than `max_drop`.
 
     Raises:
         UserError: It does.
     """
-    drop = float_top1 - int8_top1
+    drop = in_float - in_int8
     if drop > max_drop:
-        raise UserError(f'The int8 file has {int8_top1:.2f} % top-1 and the float model {float_top1:.2f} %, {drop:.2f}'
+        raise UserError(f'The int8 file has {in_int8:.2f} % {metric} and the float model {in_float:.2f} %, {drop:.2f}'
                         f' points more; {max_drop:g} are tolerated, so nothing was written. Calibrate with images like'
                         f' those of the camera (--calibration-split, --calibration-images), or allow more with'
                         f' --max-drop.')
@@ -143,8 +144,8 @@ def check_same_task(file: Tflm, input_size: Sequence[int], num_classes: int) -> 
         UserError: A shape differs.
     """
     channels, height, width = input_size
-    for what, found, expected in (('input', file.input_shape, (height, width, channels)),
-                                  ('output', file.output_shape, (num_classes,))):
+    for what, found, expected in (('input', file.input.shape, (height, width, channels)),
+                                  ('output', file.outputs[0].shape, (num_classes,))):
         if tuple(found) != expected:
             raise UserError(f'--beside: the {what} of {file.name} has the shape {" x ".join(map(str, found))}, and that'
                             f' of the model has {" x ".join(map(str, expected))}: name files for the same task and'
@@ -190,25 +191,75 @@ def deploy(
             good. Nothing has been written.
     """
     check_classes(loaded, name)
-    with captured():  # of warnings about hardware
-        for module in ('litert_torch', 'ai_edge_quantizer.quantizer', 'tflite_micro'):
-            require(module)
+    require_chain()
     model, data_config = loaded.model.eval(), loaded.data_config
     others = _others(config.beside, data_config['input_size'], model.num_classes)
     evaluated, indices = measured_images(loaded, source, config)
     pixels, calibration = calibration_pixels(loaded, source, config)
-    info = describe(model, data_config['input_size'], samples=1, same_kernels=config.same_kernels)
-
-    say(f'Converting {name} and calibrating with {len(pixels)} images.')
-    data = to_tflite(model, data_config, pixels, config.same_kernels, name)
-    file = Tflm(data, name)
-    say(f'Comparing TensorFlow Lite Micro with the reference kernels on {config.compared_images} images.')
     compared = next(batches(evaluated, indices[:config.compared_images], config.compared_images))[0]
-    steps = _compare(data, file, compared, config.max_steps)
+    data, file, report = build(model, model, name, data_config, pixels, compared, config, say)
     say(f'Measuring top-1 on {len(indices):,} images.')
     accuracy = measure(model, file, evaluated, indices, data_config, [other for _, _, other in others], say)
     check_drop(accuracy.float_top1, accuracy.int8_top1, config.max_drop)
-    report = dict(
+    report.update(
+        class_names=list(loaded.class_names) if loaded.class_names else None,
+        float_top1=accuracy.float_top1,
+        int8_top1=accuracy.int8_top1,
+        agreement=accuracy.agreement,
+        images=accuracy.images,
+        split=config.split,
+        output=dict(scale=file.outputs[0].scale, zero_point=file.outputs[0].zero_point),
+        calibration=calibration,
+        beside=[dict(file=other_name, bytes=len(content), top1=top1, arena=other.arena().to_dict())
+                for (other_name, content, other), top1 in zip(others, accuracy.others)],
+    )
+    write_deployment(Path(out_dir), data, report)
+    return report
+
+
+def require_chain() -> None:
+    """Refuse to begin without the packages of the extra `deploy`.
+
+    Raises:
+        UserError: One of them cannot be imported.
+    """
+    with captured():  # of warnings about hardware
+        for module in ('litert_torch', 'ai_edge_quantizer.quantizer', 'tflite_micro'):
+            require(module)
+
+
+def build(
+        model: nn.Module,
+        converted: nn.Module,
+        name: str,
+        data_config: Mapping[str, Any],
+        pixels: np.ndarray,
+        compared: np.ndarray,
+        config: DeployConfig,
+        say: Callable[[str], None],
+) -> Tuple[bytes, Tflm, Dict[str, Any]]:
+    """Convert a model, load the file, and compare its outputs with those of the reference kernels.
+
+    Args:
+        model: Has the weights, and the name of its architecture.
+        converted: The same with outputs that a file can have: a tensor, or a tuple of tensors.
+        data_config: How its input is prepared, in timm's terms.
+        pixels: To calibrate with, uint8, N x H x W x C.
+        compared: Pixels of the images whose outputs are compared.
+
+    Returns:
+        The file's bytes, the interpreter that runs it, and what the report says whatever the task of the model is.
+
+    Raises:
+        UserError: An operator has no int8 form, or the file is not good.
+    """
+    say(f'Converting {name} and calibrating with {len(pixels)} images.')
+    info = describe(model, data_config['input_size'], samples=1, same_kernels=config.same_kernels)
+    data = to_tflite(converted, data_config, pixels, config.same_kernels, name)
+    file = Tflm(data, name)
+    say(f'Comparing TensorFlow Lite Micro with the reference kernels on {len(compared)} images.')
+    steps = _compare(data, file, compared, config.max_steps)
+    return data, file, dict(
         model=name,
         architecture=info['architecture'],
         file=_FILE,
@@ -216,27 +267,15 @@ def deploy(
         sha256=hashlib.sha256(data).hexdigest(),
         weights_sha256=_weights_hash(model),
         num_classes=model.num_classes,
-        class_names=list(loaded.class_names) if loaded.class_names else None,
-        float_top1=accuracy.float_top1,
-        int8_top1=accuracy.int8_top1,
-        agreement=accuracy.agreement,
-        images=accuracy.images,
-        split=config.split,
         arena=file.arena().to_dict(),
         estimate=dict(flash=info['flash_int8_bytes'], arena=info['arena_bytes'],
                       activations=info['peak_activation_int8_bytes'], persistent=info['persistent_bytes']),
         operators=dict(Counter(operator_names(read_model(data)))),
-        input=dict(shape=list(file.input_shape), scale=file.input_scale, zero_point=file.input_zero_point),
-        output=dict(scale=file.output_scale, zero_point=file.output_zero_point),
-        calibration=calibration,
+        input=file.input.to_dict(),
         same_kernels=config.same_kernels,
         tflm_against_reference=dict(images=len(compared), steps=steps),
-        beside=[dict(file=other_name, bytes=len(content), top1=top1, arena=other.arena().to_dict())
-                for (other_name, content, other), top1 in zip(others, accuracy.others)],
         versions=versions(),
     )
-    _write(Path(out_dir), data, report)
-    return report
 
 
 def _weights_hash(model: nn.Module) -> str:
@@ -279,7 +318,8 @@ def read_deployment(folder: str, model: nn.Module) -> Tuple[Path, Dict[str, Any]
     return file, report
 
 
-def _write(folder: Path, data: bytes, report: Dict[str, Any]) -> None:
+def write_deployment(folder: Path, data: bytes, report: Dict[str, Any]) -> None:
+    """Write the four files of a deployment."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {_HEADER: c_header(report), _SOURCE: c_source(data, report), _REPORT: json.dumps(report, indent=2)}
     with atomic_write(folder / _FILE, 'wb') as f:

@@ -8,16 +8,39 @@ def _size(count: int) -> str:
     return f'{count:,} bytes ({count / 1024:,.0f} KiB)'
 
 
+def _percent(value: float) -> str:
+    return f'{value:.2f} %'
+
+
+def _accuracy(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
+    images = f'{report["images"]:,} images of the {report["split"]} split'
+    if 'int8' in report:  # of a detector
+        return [row for metric in report['int8'] for row in (
+            (f'{metric}, float in PyTorch', f'{_percent(report["float"][metric])} of {images}'),
+            (f'{metric}, int8 in TensorFlow Lite Micro', _percent(report['int8'][metric])))]
+    return [
+        ('top-1, float in PyTorch', f'{_percent(report["float_top1"])} of {images}'),
+        ('top-1, int8 in TensorFlow Lite Micro',
+         f'{_percent(report["int8_top1"])} (the same class as float for {_percent(report["agreement"])})')]
+
+
+def _outputs(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
+    def form(output: Mapping[str, Any], shape: str) -> str:
+        return f'{shape} int8 (scale {output["scale"]:.6g}, zero point {output["zero_point"]})'
+
+    if 'outputs' in report:
+        return [(f'output {i}: {o["kind"]}, stride {o["stride"]}', form(o, ' x '.join(map(str, o['shape']))))
+                for i, o in enumerate(report['outputs'])]
+    return [('output', form(report['output'], str(report['num_classes'])))]
+
+
 def _rows(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
     arena, estimate, calibrated = report['arena'], report['estimate'], report['calibration']
-    check, source, target = report['tflm_against_reference'], report['input'], report['output']
+    check, source = report['tflm_against_reference'], report['input']
     of_classes = f' of {calibrated["classes"]} classes' if 'classes' in calibrated else ''
     shape = ' x '.join(map(str, source['shape']))
-    percent, images = '{:.2f} %'.format, f'{report["images"]:,} images of the {report["split"]} split'
     rows = [
-        ('top-1, float in PyTorch', f'{percent(report["float_top1"])} of {images}'),
-        ('top-1, int8 in TensorFlow Lite Micro',
-         f'{percent(report["int8_top1"])} (the same class as float for {percent(report["agreement"])})'),
+        *_accuracy(report),
         ('file (flash), measured', _size(report['bytes'])),
         ('file, estimated by info', _size(estimate['flash'])),
         ('arena (RAM), measured', _size(arena['total'])),
@@ -27,7 +50,7 @@ def _rows(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
         ('operators', ', '.join(f'{name} {count}' for name, count in sorted(report['operators'].items()))),
         ('input', f'{shape} int8, the pixel minus 128 (scale {source["scale"]:.6g}, zero point'
                   f' {source["zero_point"]})'),
-        ('output', f'{report["num_classes"]} int8 (scale {target["scale"]:.6g}, zero point {target["zero_point"]})'),
+        *_outputs(report),
         ('calibrated with', f'{calibrated["images"]} images{of_classes},'
                             f' {calibrated["split"]} split, seed {calibrated["seed"]}'),
         ('against the reference kernels',
@@ -35,7 +58,7 @@ def _rows(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
     ]
     for other in report['beside']:
         rows += [(f'beside it: {other["file"]}',
-                  f'top-1 {percent(other["top1"])}, file {_size(other["bytes"])}, arena'
+                  f'top-1 {_percent(other["top1"])}, file {_size(other["bytes"])}, arena'
                   f' {_size(other["arena"]["total"])}, activations {_size(other["arena"]["activations"])}')]
     return rows
 

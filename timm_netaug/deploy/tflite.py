@@ -19,15 +19,19 @@ _SIGNATURE = 'serving_default'  # of a file of litert-torch that says no other
 
 
 def _to_float(model: nn.Module, input_size: Any, name: str) -> bytes:
-    """Convert a model with the input 1 x C x H x W to a float file with the input 1 x H x W x C."""
+    """Convert a model with the input 1 x C x H x W to a float file with the input 1 x H x W x C. Outputs that are maps
+    of features become channels-last, too."""
     litert_torch = require('litert_torch')
     channels, height, width = input_size
+    with torch.no_grad():
+        outputs = model(torch.zeros(1, *input_size))
+    maps = [i for i, t in enumerate(outputs if isinstance(outputs, tuple) else (outputs,)) if t.ndim == 4]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, 'float.tflite')
         try:
             with captured():
                 litert_torch.convert(
-                    litert_torch.to_channel_last_io(model, args=[0]).eval(),
+                    litert_torch.to_channel_last_io(model, args=[0], outputs=maps or None).eval(),
                     (torch.zeros(1, height, width, channels),),
                 ).export(str(file))
         except Exception as e:  # whatever torch.export or the converter find wrong with an operator
@@ -73,7 +77,7 @@ def to_tflite(
     """Convert a model to an int8 file whose input is the camera's pixel minus 128.
 
     Args:
-        model: A model of images, in evaluation mode, on the CPU.
+        model: A model of images, in evaluation mode, on the CPU. It returns a tensor, or a tuple of tensors.
         data_config: How its input is prepared, in timm's terms.
         images: Pixels to calibrate with, uint8, N x H x W x C. A black and a white image are added, so that the scale
             of the input is 1 / 255.

@@ -6,7 +6,7 @@ are replaced by optimised ones that ask for scratch memory (CMSIS-NN's convoluti
 """
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from .output import captured
 from .packages import require
 from .repair import outside_buffers, read_model
 
-__all__ = ['Arena', 'Tflm', 'reference_outputs']
+__all__ = ['Arena', 'Quantised', 'Tflm', 'reference_outputs']
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,21 @@ class Arena:
         return dict(asdict(self), total=self.total)
 
 
+@dataclass(frozen=True)
+class Quantised:
+    """An int8 input or output: its shape without the batch; a value is scale * (int8 - zero_point)."""
+    shape: Tuple[int, ...]
+    scale: float
+    zero_point: int
+
+    def values(self, data: np.ndarray) -> np.ndarray:
+        """Return the values that int8 numbers stand for."""
+        return ((data.astype(np.float32) - self.zero_point) * self.scale).astype(np.float32)
+
+    def to_dict(self) -> Dict[str, Any]:
+        return dict(asdict(self), shape=list(self.shape))
+
+
 class Tflm:
     """A file that is ready to run.
 
@@ -48,7 +63,8 @@ class Tflm:
 
     def __init__(self, data: bytes, name: str, arena_size: int = 0) -> None:
         runtime = require('tflite_micro.python.tflite_micro.runtime')
-        outside = outside_buffers(read_model(data))
+        model = read_model(data)
+        outside = outside_buffers(model)
         if outside:
             raise UserError(f'{name} has {len(outside)} buffers behind the flatbuffer, which TensorFlow Lite Micro does'
                             f' not read: it would compute with random memory, without an error. Write the file with'
@@ -61,15 +77,9 @@ class Tflm:
                 self._interpreter, error = None, e
         if self._interpreter is None:
             raise UserError(self._why(''.join(printed))) from error
-        details = [self._interpreter.get_input_details(0), self._interpreter.get_output_details(0)]
-        for kind, detail in zip(('input', 'output'), details):
-            if detail['dtype'] is not np.int8:
-                raise UserError(f'The {kind} of {name} is {np.dtype(detail["dtype"]).name}, it must be int8: quantise'
-                                f' the file with its {kind}.')
-        self.input_shape: Tuple[int, ...] = tuple(int(n) for n in details[0]['shape'][1:])
-        self.output_shape: Tuple[int, ...] = tuple(int(n) for n in details[1]['shape'][1:])
-        self.input_scale, self.input_zero_point = self._quantisation(details[0])
-        self.output_scale, self.output_zero_point = self._quantisation(details[1])
+        self.input = self._describe('input', self._interpreter.get_input_details(0))
+        self.outputs = [self._describe('output', self._interpreter.get_output_details(i))
+                        for i in range(len(model.subgraphs[0].outputs))]
 
     def _why(self, printed: str) -> str:
         missing = re.search(r"Didn't find op for builtin opcode '(\w+)'", printed)
@@ -78,13 +88,16 @@ class Tflm:
         lines = [line for line in printed.splitlines() if line and not line.startswith('INFO')]
         return f'TensorFlow Lite Micro cannot run {self.name}: {"; ".join(lines[-2:])[:300] or "it does not say why"}.'
 
-    @staticmethod
-    def _quantisation(detail: Any) -> Tuple[float, int]:
+    def _describe(self, kind: str, detail: Any) -> Quantised:
+        if detail['dtype'] is not np.int8:
+            raise UserError(f'The {kind} of {self.name} is {np.dtype(detail["dtype"]).name}, it must be int8: quantise'
+                            f' the file with its {kind}.')
         parameters = detail['quantization_parameters']
-        return float(parameters['scales'][0]), int(parameters['zero_points'][0])
+        return Quantised(tuple(int(n) for n in detail['shape'][1:]), float(parameters['scales'][0]),
+                         int(parameters['zero_points'][0]))
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Return the int8 outputs for one image.
+    def __call__(self, image: np.ndarray) -> List[np.ndarray]:
+        """Return the int8 outputs for one image, each without the batch.
 
         Args:
             image: int8, of the input's shape without the batch.
@@ -93,7 +106,7 @@ class Tflm:
         with_error = self._interpreter.invoke()
         if with_error:
             raise UserError(f'TensorFlow Lite Micro stops in {self.name} with status {with_error}.')
-        return self._interpreter.get_output(0)[0].copy()
+        return [self._interpreter.get_output(i)[0].copy() for i in range(len(self.outputs))]
 
     def arena(self) -> Arena:
         """Return the memory that the interpreter reports, after at least one image."""
@@ -106,8 +119,8 @@ class Tflm:
         return Arena(int(sizes['head']), int(sizes['tail']))
 
 
-def reference_outputs(data: bytes, images: np.ndarray) -> np.ndarray:
-    """Return the outputs of LiteRT's reference kernels, another implementation of the same arithmetic.
+def reference_outputs(data: bytes, images: np.ndarray) -> List[List[np.ndarray]]:
+    """Return the outputs of LiteRT's reference kernels for each image, another implementation of the same arithmetic.
 
     Its default kernels round otherwise, and choose another class for some images.
 
@@ -119,10 +132,11 @@ def reference_outputs(data: bytes, images: np.ndarray) -> np.ndarray:
         interpreter = module.Interpreter(
             model_content=data, experimental_op_resolver_type=module.OpResolverType.BUILTIN_REF)
         interpreter.allocate_tensors()
-        source, target = interpreter.get_input_details()[0]['index'], interpreter.get_output_details()[0]['index']
+        source = interpreter.get_input_details()[0]['index']
+        targets = [detail['index'] for detail in interpreter.get_output_details()]
         outputs = []
         for image in images:
             interpreter.set_tensor(source, image[None])
             interpreter.invoke()
-            outputs.append(interpreter.get_tensor(target)[0])
-    return np.stack(outputs)
+            outputs.append([interpreter.get_tensor(target)[0] for target in targets])
+    return outputs

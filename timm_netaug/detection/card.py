@@ -3,7 +3,7 @@ from typing import Any, Mapping
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..card import CITATION, shell_block
+from ..card import CITATION, deployed_section, shell_block
 from ..costs import MEMORY_MODEL
 from ..info import describe
 from .detector import Detector
@@ -17,7 +17,7 @@ def detector_card(detector: Detector, facts: Mapping[str, Any], repo: str) -> st
 
     Args:
         facts: What is known of its training: 'command', 'epoch', 'epochs', 'processes', 'split', 'metrics' (percent),
-            'images', 'dataset', 'dataset_terms' and 'license'.
+            'images', 'dataset', 'dataset_terms', 'license', and 'deployed', the report of a deployment.
         repo: OWNER/NAME, or OWNER/NAME@REVISION.
     """
     config, name = detector.config, repo.partition('@')[0].rpartition('/')[2]
@@ -66,7 +66,7 @@ The folder `backbone/` is the backbone alone, as a timm model.""",
 | flash, int8 | {info['flash_int8_bytes'] / 1024:,.0f} KiB |
 | peak activations, int8 | {info['peak_activation_int8_bytes'] / 1024:,.0f} KiB, at `{info['peak_layer']}` |
 
-Computed for {size}, without the decoding of boxes; not measured on a board. {MEMORY_MODEL}""",
+Estimated for {size}, without the decoding of boxes. {MEMORY_MODEL}""",
     ]
     if command:
         processes = facts.get('processes', 1)
@@ -84,5 +84,6 @@ Computed for {size}, without the decoding of boxes; not measured on a board. {ME
         line = ['python', 'validate_detection.py', '--data-dir', 'DATA', '--model', f'hf-hub:{repo}', '--split', split]
         parts.append(f'## Metrics\n\n| `{split}` split{images} | |\n|---|---|\n{rows}\nCOCO\'s average precision, over'
                      f' 101 values of recall.\n\n{shell_block(line)}')
+    parts += deployed_section(facts)
     parts.append(f'## Citation\n\n```bibtex\n{CITATION}\n```')
     return '\n\n'.join(parts) + '\n'

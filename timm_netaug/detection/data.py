@@ -12,7 +12,7 @@ from ..io.data import eight_bits
 from .annotations import Split
 from .fcos import Target
 
-__all__ = ['DetectionDataset', 'DetectionLoader', 'collate', 'eval_transform', 'train_transform']
+__all__ = ['DetectionDataset', 'DetectionLoader', 'collate', 'eval_transform', 'pixel_transform', 'train_transform']
 
 
 class _Crop(v2.RandomIoUCrop):
@@ -51,6 +51,11 @@ def train_transform(
 def eval_transform(data_config: Mapping[str, Any]) -> v2.Transform:
     """Return the transform of an image and its target in evaluation: the whole image, resized."""
     return v2.Compose([*_resized(data_config), *_normalised(data_config)])
+
+
+def pixel_transform(data_config: Mapping[str, Any]) -> v2.Transform:
+    """Return the transform of evaluation up to the pixels, uint8, of the size of the input."""
+    return v2.Compose(_resized(data_config))
 
 
 def _resized(data_config: Mapping[str, Any]) -> List[Any]:

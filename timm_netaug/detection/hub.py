@@ -1,13 +1,14 @@
 """Detectors to and from the Hugging Face Hub, by the functions that push and pull classifiers."""
+import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping, Optional, Sequence
 
 import torch
 
 from ..card import known_facts
 from ..errors import UserError
-from ..hub import CARD, TOLERANCE, check_destination, check_out_dir, check_target, commit
+from ..hub import CARD, TFLITE, TOLERANCE, check_destination, check_out_dir, check_target, commit
 from ..io.folder import copy_files
 from .annotations import read_split
 from .card import detector_card
@@ -39,6 +40,7 @@ def push_detector(
         dry_run: Optional[str] = None,
         data_dir: Optional[str] = None,
         license: Optional[str] = None,
+        files: Sequence[Path] = (),
 ) -> None:
     """Push a detector with its config, backbone and card as one commit, or write what would be pushed.
 
@@ -47,7 +49,7 @@ def push_detector(
     Raises:
         UserError: It does not work, the message says why; nothing has been pushed.
     """
-    check_destination(repo, dry_run, BACKBONE)
+    check_destination(repo, dry_run, BACKBONE, TFLITE)
     facts = {**known_facts(dict(timm_netaug=dict(facts)), METRICS), **(dict(license=license) if license else {})}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -68,10 +70,14 @@ def push_detector(
         export_detector(detector, folder, facts)
         _check_reload(detector, load_detector_folder(folder))
         print('Reloaded: the predictions are bit-equal.')
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
         name = f'{repo}@{revision}' if revision not in (None, 'main') else repo
         (folder / CARD).write_text(detector_card(detector, facts, name), encoding='utf-8')
         if dry_run:
             copy_files(folder, dry_run)
+            if not (folder / TFLITE).exists():
+                Path(dry_run, TFLITE).unlink(missing_ok=True)  # of an earlier dry run, with other weights
             print(f'Written to {dry_run}, nothing pushed.')
             return
         url = commit(folder, repo, revision, private, parent)
