@@ -301,7 +301,7 @@ def test_names(run, model, checkpoint, tmp_path, capsys, monkeypatch):
         run('--model', names, '--results-file', results, '--results-format', 'json')
     good, bad = json.loads(results.read_text())
     assert good['top1'] == run('--checkpoint', checkpoint)['top1'] and 'error' not in good
-    assert bad == dict(model='no_such_model', error=bad['error']) and 'the nearest name is' in bad['error']
+    assert bad == dict(model='no_such_model', error=bad['error']) and 'timm.list_models()' in bad['error']
     with pytest.raises(UserError, match='3 of 3 models failed'):
         run('--model', 'netaug_*_035')
     rows = json.loads(capsys.readouterr().out.removeprefix('--result\n'))

@@ -17,11 +17,12 @@ def check_model_name(name: str) -> None:
     """Refuse a model name that neither timm nor this package registers.
 
     Raises:
-        UserError: The name is unknown. The message has the nearest name that is registered.
+        UserError: The name is unknown. The message has the nearest name that is registered, if one is near.
     """
     if ':' not in name and not is_model(name):
-        near = difflib.get_close_matches(name.split('.')[0], list_models(), 1, 0)
-        raise UserError(f'Unknown model {name}; the nearest name is {near[0]}.')
+        near = difflib.get_close_matches(name.split('.')[0], list_models(), 1)
+        hint = f'the nearest name is {near[0]}' if near else 'timm.list_models() lists the names that there are'
+        raise UserError(f'Unknown model {name}; {hint}.')
 
 
 def first_line(error: BaseException) -> str:
