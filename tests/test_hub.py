@@ -30,6 +30,7 @@ from timm_netaug.cli import validate as validate_command
 from timm_netaug.cli.command_line import parse_args
 from timm_netaug.cli.train_flags import FREE_FLAGS, train_parser
 from timm_netaug.cli.build import set_up_model, set_up_teacher
+from timm_netaug.cli.training_record import training_record
 from timm_netaug.deploy.pipeline import _weights_hash
 from timm_netaug.errors import UserError
 from timm_netaug.io.folder import export_folder
@@ -230,6 +231,15 @@ def test_dry_run(server, checkpoint, model, tmp_path, monkeypatch):
     assert (tmp_path / 'third/README.md').read_text() == (out / 'README.md').read_text()
     (out / 'notes.txt').write_text('mine')
     assert 'holds other files (notes.txt)' in refusal('push', checkpoint, REPO, '--dry-run', out)
+
+
+def test_paths_are_not_on_the_card():
+    flags = ['--loss-pos-weight', '/home/me/w.txt', '--loss-class-weight', '1,2', '--class-stats', '/home/me/s.json',
+             '--pretrained-cfg-overlay', 'file=/home/me/w.pth', 'crop_pct=0.9']
+    args = train_parser().parse_args(flags)
+    command = training_record(dict(args=args))['command']
+    want = train_parser().parse_args([f.replace('/home/me/', '') for f in flags])
+    assert '/home/me' not in ' '.join(command) and vars(train_parser().parse_args(command)) == vars(want)
 
 
 def test_card(hub, model, few_digits, tmp_path, capsys, monkeypatch):

@@ -14,8 +14,8 @@ from .train_flags import FREE_FLAGS, train_parser
 
 __all__ = ['baseline_metrics', 'detection_record', 'training_record']
 
-# The location of these files is of no use to others.
-_PATHS = ('pretrained_path', 'initial_checkpoint', 'class_map', 'class_stats')
+# Flags whose values may be paths. The location of these files is of no use to others.
+_PATHS = ('pretrained_path', 'initial_checkpoint', 'class_map', 'class_stats', 'loss_pos_weight', 'loss_class_weight')
 # Flags that the evaluation needs, too.
 _DATASET = ('dataset', 'input_img_mode', 'input_key', 'target_key', 'task', 'target_format')
 
@@ -34,13 +34,17 @@ def _flags(
         if value == action.default:
             continue
         if action.dest in _PATHS:
-            value = str(value).replace('\\', '/').rpartition('/')[2]
+            value = _file_name(value)
         argv.append(max(action.option_strings, key=len))
         if isinstance(action, ParseKwargs):
-            argv += [f'{k}={v!r}' for k, v in value.items()]
+            argv += [f'{k}={_file_name(v) if k == "file" else v!r}' for k, v in value.items()]
         elif not isinstance(action, argparse._StoreTrueAction):
             argv += map(str, value if isinstance(value, (list, tuple)) else [value])
     return argv
+
+
+def _file_name(path: Any) -> str:
+    return str(path).replace('\\', '/').rpartition('/')[2]
 
 
 def _comparable(command: List[str]) -> List[str]:
