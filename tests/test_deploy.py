@@ -24,6 +24,7 @@ from timm_netaug.cli import hub as hub_command
 from timm_netaug.cli import info as info_command
 from timm_netaug.costs import costs, greedy_plan
 from timm_netaug.deploy.c_source import c_header, c_source
+from timm_netaug.deploy.correct import with_rounded_weights
 from timm_netaug.deploy.detector import DenseOutputs, raw_predictions
 from timm_netaug.deploy.images import batches, normalised, open_pixels, spread
 from timm_netaug.deploy.measure import from_camera, measure, quantised
@@ -106,6 +107,59 @@ def test_kernels_of_one_pixel_stay():
     assert with_same_kernels(model, (3, 8, 8))[0].kernel_size == (1, 1)
     found = [costs(model, (3, 8, 8), same_kernels) for same_kernels in (True, False)]
     assert found[0].flash_bytes == found[1].flash_bytes and found[0].activation_bytes == found[1].activation_bytes
+
+
+def shifting(bias=False):
+    """A convolution whose weights all lie just below half a step, but the largest: rounding takes them to zero."""
+    conv = nn.Conv2d(3, 2, 3, bias=bias)
+    with torch.no_grad():
+        conv.weight.fill_(0.49 / 127)
+        conv.weight[:, 0, 1, 1] = 1
+    return conv
+
+
+def means_of_layers(model, x):
+    """Return the means of the channels of each layer, in the order of the calls."""
+    found = []
+
+    def record(layer, args, output):  # at once: an activation behind it may work in place
+        found.append(output.mean((0, 2, 3)) if output.ndim == 4 else output.mean(0))
+
+    handles = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_rounded_weights_keep_the_means(name):
+    """Every layer has rounded weights, and on the images of the calibration the mean of each channel that it had."""
+    model, x = make(name).eval(), images(4, 64)
+    before, expected = {k: v.clone() for k, v in model.state_dict().items()}, means_of_layers(model, x)
+    rounded = with_rounded_weights(model, x)
+    for layer in (m for m in rounded.modules() if isinstance(m, (nn.Conv2d, nn.Linear))):
+        weight = layer.weight.detach().flatten(1)
+        steps = 127 * weight / weight.abs().amax(1, keepdim=True).clamp(min=1e-30)
+        torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)  # of a step
+    torch.testing.assert_close(means_of_layers(rounded, x), expected, rtol=1e-4, atol=1e-4)  # sums in float32
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize('bias', [False, True])
+def test_biases_make_up_for_rounding(bias):
+    conv, x = shifting(bias), torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    corrected = with_rounded_weights(nn.Sequential(conv), x)[0]
+    assert torch.count_nonzero(corrected.weight) == 2
+    shift = corrected.bias - (conv.bias if bias else 0)
+    torch.testing.assert_close(shift, torch.full((2,), 26 * 0.49 / 127 * 0.5), rtol=0.05, atol=0)  # 0.5: mean of x
+
+
+def test_layers_that_are_called_twice_keep_their_bias():
+    linear = nn.Linear(4, 4)
+    twice = with_rounded_weights(nn.Sequential(linear, nn.ReLU(), linear), torch.rand(8, 4))
+    assert torch.equal(twice[0].bias, linear.bias) and not torch.equal(twice[0].weight, linear.weight)
 
 
 def test_normalisation_is_in_the_model():
@@ -591,3 +645,18 @@ def test_operators_that_int8_does_not_have():
     config = dict(input_size=(3, 8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
     with pytest.raises(UserError, match='A sine has an operator that cannot be quantised to int8, SIN: '):
         to_tflite(Sine(), config, np.zeros((2, 8, 8, 3), np.uint8), name='A sine')
+
+
+@needs_extra
+def test_file_has_the_mean_of_the_model():
+    """Without the correction of biases, rounding shifts it by 26 * 0.49 / 127 * 0.5, some 12 steps."""
+    from timm_netaug.deploy.tflite import to_tflite
+    from timm_netaug.deploy.tflm import Tflm
+    model = nn.Sequential(shifting(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    config = dict(input_size=(3, 8, 8), mean=(0.,) * 3, std=(1.,) * 3)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
+    file = Tflm(to_tflite(model, config, pixels), 'file')
+    found = file.outputs[0].values(np.stack([file(image)[0] for image in from_camera(pixels)]))
+    with torch.inference_mode():
+        expected = model(normalised(pixels, config)).numpy()
+    assert abs((found - expected).mean()) < 2 * file.outputs[0].scale

@@ -8,6 +8,8 @@ import torch
 import torch.nn as nn
 
 from ..errors import UserError, first_line
+from .correct import with_rounded_weights
+from .images import normalised
 from .output import captured
 from .packages import require
 from .repair import check_all_int8, repair
@@ -15,6 +17,7 @@ from .rewrite import on_pixels, with_same_kernels
 
 __all__ = ['to_tflite']
 
+_CORRECTED = 64  # images for the correction of biases, whose activations lie in memory together
 _SIGNATURE = 'serving_default'  # of a file of litert-torch that says no other
 
 
@@ -93,6 +96,7 @@ def to_tflite(
     input_size = tuple(data_config['input_size'])
     if same_kernels:
         model = with_same_kernels(model, input_size)
+    model = with_rounded_weights(model, normalised(images[::-(-len(images) // _CORRECTED)], data_config))
     float_file = _to_float(on_pixels(model, data_config), input_size, name)
     ends = np.stack([np.full_like(images[0], value) for value in (0, 255)])
     pixels = np.concatenate([ends, images]).astype(np.float32) / 255
