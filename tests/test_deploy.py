@@ -25,7 +25,7 @@ from timm_netaug.cli import info as info_command
 from timm_netaug.costs import costs, greedy_plan
 from timm_netaug.deploy.c_source import c_header, c_source
 from timm_netaug.deploy.correct import with_rounded_weights
-from timm_netaug.deploy.detector import DenseOutputs, raw_predictions
+from timm_netaug.deploy.detector import DenseOutputs, deploy_detector, measure_detector, raw_predictions
 from timm_netaug.deploy.images import batches, normalised, open_pixels, spread
 from timm_netaug.deploy.measure import from_camera, measure, quantised
 from timm_netaug.deploy.onnx import deploy_onnx
@@ -41,6 +41,8 @@ from timm_netaug.detection import create_detector
 from timm_netaug.detection.annotations import read_split
 from timm_netaug.detection.data import DetectionDataset, pixel_transform
 from timm_netaug.detection.detector import DetectorConfig, build_detector
+from timm_netaug.detection.evaluate import evaluate_detector
+from timm_netaug.detection.fcos import Fcos
 from timm_netaug.detection.folder import export_detector
 from timm_netaug.errors import UserError
 from timm_netaug.fits import Board, check_fits, parse_board
@@ -382,7 +384,7 @@ def test_calibration_images_of_one_class(pictures, tmp_path):
     (tmp_path / 'train' / 'cat').symlink_to(pictures / 'train' / 'cat')
     with pytest.raises(UserError, match='All 3 images of the train split are of one class, and the model has 10'):
         calibration_pixels(loaded, DataSource(str(tmp_path)), config)
-    with pytest.raises(UserError, match='has 5 images, which is too few'):
+    with pytest.raises(UserError, match='5 images of the train split are too few'):
         calibration_pixels(loaded, DataSource(str(pictures)), config)
 
 
@@ -520,19 +522,23 @@ def test_outside_buffers_are_mended(deployed):
 
 DETECTOR_REPORT = {
     **{k: v for k, v in REPORT.items() if k not in ('float_top1', 'int8_top1', 'agreement', 'output', 'beside')},
-    'float': dict(AP=30.0, AP50=60.0), 'int8': dict(AP=29.5, AP50=59.0), 'beside': [], 'anchor_scale': 0.4,
+    'float': dict(AP=30.0, AP50=60.0), 'int8': dict(AP=29.5, AP50=59.0), 
+    'decoding': dict(anchor_scale=0.4, score_thresh=0.05, nms_thresh=0.6, detections_per_img=100),
     'outputs': [dict(kind='cls_logits', stride=8, shape=[1, 2, 2], scale=0.5, zero_point=3),
                 dict(kind='bbox_regression', stride=8, shape=[1, 2, 4], scale=0.25, zero_point=-128)]}
 
 
 def test_report_of_a_detector():
     table, section, header = (f(DETECTOR_REPORT) for f in (text_table, card_section, c_header))
-    for part in ('60.00 % of 1,000 images', '59.00 %', 'cls_logits, stride 8', '1 x 2 x 4 int8 (scale 0.25'):
+    for part in ('60.00 % over 1,000 images', '59.00 %', 'cls_logits, stride 8', '1 x 2 x 4 int8 (scale 0.25'):
         assert part in table and part in section
-    for part in ('//   output(1): bbox_regression, stride 8, 1 x 2 x 4, scale 0.25, zero point -128', 'stride * 0.4 away',
-                 'kNumClasses = 2;'):
+    for part in ('//   output(1): bbox_regression, stride 8, 1 x 2 x 4, scale 0.25, zero point -128',
+                 'stride * 0.4 away', 'above 0.6,', 'up to 0.05.', 'the best 100.', 'kNumClasses = 2;'):
         assert part in header
     assert 'the largest one is of the class' not in header and max(map(len, header.splitlines())) <= 120
+
+
+NAMES = ['blue', 'green', 'red', 'yellow']
 
 
 @pytest.fixture(scope='module')
@@ -542,8 +548,8 @@ def boxes(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def detector_run(tmp_path_factory):
-    """A checkpoint of a detector that has not been trained, with weights that make its predictions differ."""
-    config = DetectorConfig('test_efficientnet', 3, (64, 96), class_names=['blue', 'green', 'red'])
+    """The folder of an untrained detector. With four classes, two kinds of predictions have one shape."""
+    config = DetectorConfig('test_efficientnet', 4, (64, 96), class_names=NAMES)
     torch.manual_seed(0)
     detector = build_detector(config)
     randomise(detector.dense)
@@ -581,10 +587,69 @@ def test_outputs_of_the_dense_part(detector_run):
 
 @pytest.mark.parametrize('flags, told', [
     (['--beside', 'x.tflite'], '--beside: not for a detector'), (['--img-size', '64'], '--img-size: not for a det'),
-    (['--format', 'onnx'], '--format onnx is for classifiers')])
+    (['--dataset', 'a/b'], '--dataset: not for a det'), (['--class-map', 'x'], '--class-map: not for a det'),
+    (['--model', 'x'], '--model: not for a det'), (['--format', 'onnx'], '--format onnx is for classifiers')])
 def test_flags_that_are_not_for_detectors(flags, told, detector_run, boxes, tmp_path):
     with pytest.raises(SystemExit, match=told):
         deploy_command.main([str(detector_run), str(tmp_path / 'out'), '--data-dir', str(boxes), *flags])
+    assert not (tmp_path / 'out').exists()
+
+
+def test_decoding_in_the_header():
+    """The formulas in the comment of model.h are those that the average precision is measured with."""
+    fcos, (height, width) = Fcos(2, 0.5), (64, 96)
+    levels = [(height // s, width // s) for s in (8, 16, 32)]
+    output = dict(cls_logits=[torch.full((1, 2, *s), -20.0) for s in levels],
+                  bbox_regression=[torch.ones(1, 4, *s) for s in levels],
+                  bbox_ctrness=[torch.zeros(1, 1, *s) for s in levels])
+    row, column, stride, sides = 1, 3, 16, torch.tensor([0.5, 1.5, 2.0, 9.0])
+    output['cls_logits'][1][0, 1, row, column] = 2.0
+    output['bbox_regression'][1][0, :, row, column] = sides
+    found = fcos.detections(output)[0]
+    x, y = (column + 0.5) * stride, (row + 0.5) * stride
+    left, upper, right, lower = (sides * stride * 0.5).tolist()
+    assert found['labels'].tolist() == [1]
+    assert found['scores'].item() == pytest.approx((torch.tensor(2.0).sigmoid() * 0.5).sqrt().item())
+    assert found['boxes'][0].tolist() == pytest.approx([x - left, y - upper, x + right, height])  # lower: at the edge
+
+
+@needs_metric
+def test_metrics_of_model_and_file(detector_run, boxes):
+    """A file that computes what the model does has its metrics, which are those of the evaluation."""
+    detector = create_detector(f'local-dir:{detector_run}').eval()
+    config, split = detector.config.data_config, read_split(str(boxes), 'val')
+    dataset = DetectionDataset(split, NAMES, pixel_transform(config))
+
+    class File:
+        outputs = [Quantised((), 1.0, 0)] * 9
+
+        def __call__(self, image):
+            pixels = (image.astype(int) + 128).astype(np.uint8)[None]
+            return [t[0].permute(1, 2, 0).numpy() for t in DenseOutputs(detector.dense)(normalised(pixels, config))]
+
+    lines = []
+    in_float, in_int8 = measure_detector(detector, File(), dataset, range(6), config, lines.append)
+    metrics = evaluate_detector(detector, split)[0]
+    assert in_float == {k: metrics[k] for k in ('AP', 'AP50')} and in_float['AP'] is not None
+    assert in_int8 == pytest.approx(in_float, abs=1e-3)  # batches of one image round in another way
+    assert lines == ['  6 of 6 images']
+
+
+@needs_metric
+@pytest.mark.parametrize('mistake, told', [
+    ('names', 'has 4 classes without names, and the train split has 3: write the names in label order into its config'),
+    ('objects', 'The 1 images of the val split that are measured have no objects: measure more (--images)')])
+def test_data_that_do_not_fit_a_detector(mistake, told, detector_run, boxes, tmp_path, monkeypatch):
+    monkeypatch.setattr('timm_netaug.deploy.detector.require_chain', lambda: None)
+    monkeypatch.setattr('timm_netaug.deploy.detector.build', lambda *args: pytest.fail('it is too late'))
+    detector, config = create_detector(f'local-dir:{detector_run}'), DeployConfig(split='val')
+    if mistake == 'names':
+        detector.config = dataclasses.replace(detector.config, class_names=None)
+    else:  # of the images that are drawn: every fifth one has no objects
+        monkeypatch.setattr('timm_netaug.deploy.detector._drawn', lambda split, count, seed: (
+            list(range(len(split.images))) if count else [i for i, x in enumerate(split.images) if not x.classes][:1]))
+    with pytest.raises(UserError, match=re.escape(told)):
+        deploy_detector(detector, 'a detector', str(tmp_path / 'out'), str(boxes), config)
     assert not (tmp_path / 'out').exists()
 
 
@@ -594,18 +659,18 @@ def test_chain_of_a_detector(detector_run, boxes, tmp_path):
     """The predictions of the file are those of the model, in its places, up to the steps of int8."""
     from timm_netaug.deploy.tflm import Tflm
     out, argv = tmp_path / 'out', [str(detector_run), str(tmp_path / 'out'), '--data-dir', str(boxes)]
-    with pytest.raises(SystemExit, match='The train split has 5 images, which is too few to calibrate'):
+    with pytest.raises(SystemExit, match='5 images of the train split are too few to calibrate'):
         deploy_command.main([*argv, '--calibration-images', '5'])
     deploy_command.main([*argv, '--max-drop', '100'])
     report, data = json.loads((out / 'report.json').read_text()), (out / 'model.tflite').read_bytes()
     assert sorted(f.name for f in out.iterdir()) == ['model.cc', 'model.h', 'model.tflite', 'report.json']
-    assert report['class_names'] == ['blue', 'green', 'red'] and report['images'] == 6 and report['split'] == 'val'
+    assert report['class_names'] == NAMES and report['images'] == 6 and report['split'] == 'val'
     assert report['arena']['activations'] == report['estimate']['activations']
     assert [o['stride'] for o in report['outputs']] == [8, 16, 32] * 3
-    assert [o['shape'] for o in report['outputs'][:3]] == [[8, 12, 3], [4, 6, 3], [2, 3, 3]]
+    assert [o['shape'] for o in report['outputs'][:3]] == [[8, 12, 4], [4, 6, 4], [2, 3, 4]]
     detector = create_detector(f'local-dir:{detector_run}').eval()
     config = detector.config.data_config
-    dataset = DetectionDataset(read_split(str(boxes), 'val'), ['blue', 'green', 'red'], pixel_transform(config))
+    dataset = DetectionDataset(read_split(str(boxes), 'val'), NAMES, pixel_transform(config))
     pixels = np.stack([dataset[i][0].permute(1, 2, 0).numpy() for i in range(6)])
     found = raw_predictions(Tflm(data, 'file'), from_camera(pixels))
     with torch.inference_mode():

@@ -235,7 +235,8 @@ def test_dry_run(server, checkpoint, model, tmp_path, monkeypatch):
 
 def test_paths_are_not_on_the_card():
     flags = ['--loss-pos-weight', '/home/me/w.txt', '--loss-class-weight', '1,2', '--class-stats', '/home/me/s.json',
-             '--pretrained-cfg-overlay', 'file=/home/me/w.pth', 'crop_pct=0.9']
+             '--pretrained-cfg-overlay', 'file=/home/me/w.pth', 'crop_pct=0.9', '--kd-model-name',
+             'local-dir:/home/me/teacher']
     args = train_parser().parse_args(flags)
     command = training_record(dict(args=args))['command']
     want = train_parser().parse_args([f.replace('/home/me/', '') for f in flags])

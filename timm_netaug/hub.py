@@ -164,6 +164,14 @@ def commit(folder: Path, repo: str, revision: Optional[str], private: bool, pare
         ).commit_url
 
 
+def write_dry_run(folder: Path, out_dir: str) -> None:
+    """Write what would be pushed."""
+    copy_files(folder, out_dir)
+    if not (folder / TFLITE).exists():
+        Path(out_dir, TFLITE).unlink(missing_ok=True)  # of an earlier dry run, with other weights
+    _say(f'Written to {out_dir}. Nothing was pushed.')
+
+
 def push(
         loaded: LoadedModel,
         repo: str,
@@ -214,10 +222,7 @@ def push(
         name = f'{repo}@{revision}' if revision not in (None, 'main') else repo
         (folder / CARD).write_text(model_card(loaded.model, config, name), encoding='utf-8')
         if dry_run:
-            copy_files(folder, dry_run)
-            if not (folder / TFLITE).exists():
-                Path(dry_run, TFLITE).unlink(missing_ok=True)  # of an earlier dry run, with other weights
-            _say(f'Written to {dry_run}. Nothing was pushed.')
+            write_dry_run(folder, dry_run)
             return
         _say(f'Pushing {", ".join(sorted(os.listdir(folder)))} to {repo}.')
         url = commit(folder, repo, revision, private, parent)

@@ -2,6 +2,7 @@
 import argparse
 import json
 import logging
+import os
 import time
 from functools import partial
 from typing import Callable, Optional, Sequence
@@ -42,9 +43,9 @@ def _parser() -> argparse.ArgumentParser:
          help='split to calibrate with (%(default)s)')
     flag('--split', metavar='NAME', help=f'split to measure accuracy on ({default.split}; val for a detector)')
     flag('--calibration-images', type=int, default=default.calibration_images, metavar='N',
-         help='images to calibrate with, spread over the classes (%(default)s)')
+         help='images to calibrate with, spread over the classes; for a detector, at random (%(default)s)')
     flag('--images', type=int, default=default.images, metavar='N',
-         help='images to measure accuracy on, spread over the classes (all)')
+         help='images to measure accuracy on, drawn in the same way (all)')
     flag('--seed', type=int, default=default.seed, metavar='N', help='of the choice of images (%(default)s)')
     flag('--no-same-kernels', action='store_true',
          help='leave the kernels of convolutions with stride 2 as they are; their padding takes more memory then')
@@ -68,11 +69,18 @@ def _source(args: argparse.Namespace, loaded: LoadedModel) -> DataSource:
                       input_img_mode=loaded.input_img_mode)
 
 
+def _name(source: str) -> str:
+    """Return what reports call a model: a file or a folder without the place where it lies, any other name as it is."""
+    path = source.removeprefix('local-dir:')
+    return os.path.basename(os.path.abspath(path)) if os.path.exists(path) else source
+
+
 def _onnx(args: argparse.Namespace, loaded: LoadedModel, config: DeployConfig, with_board: bool,
           say: Callable[[str], None]) -> None:
     if with_board or args.beside or args.no_same_kernels:
         raise UserError('--fits, --beside and --no-same-kernels are for --format tflite: leave them out.')
-    print(json.dumps(deploy_onnx(loaded, args.source, args.out_dir, _source(args, loaded), config, say), indent=2))
+    report = deploy_onnx(loaded, _name(args.source), args.out_dir, _source(args, loaded), config, say)
+    print(json.dumps(report, indent=2))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -98,14 +106,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             refuse_for_detector(args, 'dataset', 'class_map', 'beside', 'model', 'img_size')
             if args.format == 'onnx':
                 raise UserError('--format onnx is for classifiers: leave it out.')
-            report = deploy_detector(detector, args.source, args.out_dir, args.data_dir, config, say)
+            report = deploy_detector(detector, _name(args.source), args.out_dir, args.data_dir, config, say)
             model, input_size, step = detector.dense, detector.config.data_config['input_size'], dict(step=STRIDES[-1])
         else:
             loaded = load_model(args.source, args.model, args.use_ema or None, flags=dict(img_size=args.img_size))
             if args.format == 'onnx':
                 _onnx(args, loaded, config, board is not None, say)
                 return
-            report = deploy(loaded, args.source, args.out_dir, _source(args, loaded), config, say)
+            report = deploy(loaded, _name(args.source), args.out_dir, _source(args, loaded), config, say)
             model, input_size, step = loaded.model, loaded.data_config['input_size'], {}
         print(f'\n{text_table(report)}\n\nWritten to {args.out_dir} in {time.monotonic() - start:.0f} s:'
               f' model.tflite, model.h, model.cc, report.json.', flush=True)

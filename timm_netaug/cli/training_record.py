@@ -35,6 +35,8 @@ def _flags(
             continue
         if action.dest in _PATHS:
             value = _file_name(value)
+        if str(value).startswith('local-dir:'):
+            value = f'local-dir:{_file_name(value)}'
         argv.append(max(action.option_strings, key=len))
         if isinstance(action, ParseKwargs):
             argv += [f'{k}={_file_name(v) if k == "file" else v!r}' for k, v in value.items()]

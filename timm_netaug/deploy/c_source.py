@@ -23,17 +23,18 @@ def _about_output(report: Mapping[str, Any]) -> str:
                 f'// {report["output"]["scale"]:.9g} * (value - ({report["output"]["zero_point"]})).')
     lines = [f'//   output({i}): {o["kind"]}, stride {o["stride"]}, {" x ".join(map(str, o["shape"]))}, scale'
              f' {o["scale"]:.9g}, zero point {o["zero_point"]}' for i, o in enumerate(report['outputs'])]
+    d = report['decoding']
     return '\n'.join([
         f'// Outputs: {len(lines)} int8 tensors (rows, columns, channels). A value is scale * (int8 - zero point).',
         '//',
         *lines,
         '//',
-        '// The point of a row and a column lies at x = (column + 0.5) * stride, y = (row + 0.5) * stride, in pixels of',
-        '// the input. Its score for class k is sqrt(sigmoid(cls_logits[k]) * sigmoid(bbox_ctrness)). The left, upper,',
-        '// right and lower side of its box are the four values of bbox_regression times',
-        f'// stride * {report["anchor_scale"]:.9g} away from it. Among boxes of a class that overlap, only the best is'
-        f' kept',
-        '// (non-maximum suppression, at an intersection over union of 0.6).'])
+        '// The point of a row and a column lies at x = (column + 0.5) * stride, y = (row + 0.5) * stride, in pixels',
+        '// of the input. Its score for class k is sqrt(sigmoid(cls_logits[k]) * sigmoid(bbox_ctrness)). Drop scores',
+        f'// up to {d["score_thresh"]:g}. The left, upper, right and lower side of its box are the four values of',
+        f'// bbox_regression times stride * {d["anchor_scale"]:.9g} away from the point. Clip the box to the image. Where',
+        f'// two boxes of a class have an intersection over union above {d["nms_thresh"]:g}, drop the one of the lower',
+        f'// score. Of all boxes keep the best {d["detections_per_img"]}.'])
 
 
 def c_header(report: Mapping[str, Any]) -> str:
@@ -43,7 +44,8 @@ def c_header(report: Mapping[str, Any]) -> str:
     height, width, channels = report['input']['shape']
     arena = report['arena']
     names = 'extern const char* const kClassNames[kNumClasses];' if report['class_names'] else '// Unnamed classes.'
-    return f"""// {report['model']}, int8, for TensorFlow Lite Micro. Written by `python -m timm_netaug deploy`.
+    return f"""// {report['model']}, int8, for TensorFlow Lite Micro.
+// Written by `python -m timm_netaug deploy`.
 //
 // Arena: {arena['total']:,} bytes, of which {arena['activations']:,} are activations. Measured in the interpreter on a
 // 64-bit machine with the reference kernels. On a 32-bit chip, pointers are half as long and the arena is smaller.

@@ -25,8 +25,8 @@ from .report import card_section
 from .tflite import to_tflite
 from .tflm import Tflm, reference_outputs
 
-__all__ = ['DeployConfig', 'build', 'calibration_pixels', 'check_classes', 'check_drop', 'check_same_task', 'deploy',
-           'measured_images', 'read_deployment', 'require_chain', 'write_deployment']
+__all__ = ['DeployConfig', 'build', 'calibration_pixels', 'check_calibration', 'check_classes', 'check_drop',
+           'check_same_task', 'deploy', 'measured_images', 'read_deployment', 'require_chain', 'write_deployment']
 
 _FILE, _REPORT, _HEADER, _SOURCE = 'model.tflite', 'report.json', 'model.h', 'model.cc'
 
@@ -94,12 +94,21 @@ def calibration_pixels(loaded: LoadedModel, source: DataSource, config: DeployCo
         raise UserError(f'All {len(dataset)} images of the {config.calibration_split} split are of one class, and the'
                         f' model has {num_classes}: the ranges of the activations would be those of that class.'
                         f' Calibrate with a split of more classes (--calibration-split).')
-    if len(indices) < 10:
-        raise UserError(f'The {config.calibration_split} split has {len(indices)} images, which is too few to calibrate'
-                        f' with: give at least 10, and better 200.')
+    check_calibration(len(indices), config.calibration_split)
     pixels = np.concatenate([pixels for pixels, _ in batches(dataset, indices)])
     return pixels, dict(images=len(pixels), **({} if classes is None else dict(classes=classes)),
                         split=config.calibration_split, seed=config.seed)
+
+
+def check_calibration(count: int, split: str) -> None:
+    """Refuse to calibrate with so few images that their ranges say little.
+
+    Raises:
+        UserError: There are fewer than ten.
+    """
+    if count < 10:
+        raise UserError(f'{count} images of the {split} split are too few to calibrate with: take at least 10, and'
+                        f' better 200 (--calibration-images, --calibration-split).')
 
 
 def _compare(data: bytes, file: Tflm, pixels: np.ndarray, max_steps: int) -> int:

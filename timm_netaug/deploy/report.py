@@ -14,9 +14,9 @@ def _percent(value: float) -> str:
 
 def _accuracy(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
     images = f'{report["images"]:,} images of the {report["split"]} split'
-    if 'int8' in report:  # of a detector
+    if 'outputs' in report:  # of a detector
         return [row for metric in report['int8'] for row in (
-            (f'{metric}, float in PyTorch', f'{_percent(report["float"][metric])} of {images}'),
+            (f'{metric}, float in PyTorch', f'{_percent(report["float"][metric])} over {images}'),
             (f'{metric}, int8 in TensorFlow Lite Micro', _percent(report['int8'][metric])))]
     return [
         ('top-1, float in PyTorch', f'{_percent(report["float_top1"])} of {images}'),
@@ -56,7 +56,7 @@ def _rows(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
         ('against the reference kernels',
          f'at most {check["steps"]} steps of the output, over {check["images"]} images'),
     ]
-    for other in report['beside']:
+    for other in report.get('beside', ()):
         rows += [(f'beside it: {other["file"]}',
                   f'top-1 {_percent(other["top1"])}, file {_size(other["bytes"])}, arena'
                   f' {_size(other["arena"]["total"])}, activations {_size(other["arena"]["activations"])}')]
@@ -75,7 +75,8 @@ def card_section(report: Mapping[str, Any]) -> str:
     """Return the report as a section of a card, in Markdown."""
     rows = ''.join(f'| {name.strip()} | {value} |\n' for name, value in _rows(report))
     versions = ', '.join(f'{name} {version}' for name, version in report['versions'].items())
-    return (f'## On a microcontroller\n\n`model.tflite` is this model in int8, for TensorFlow Lite Micro. These figures'
+    what = ('the part of this detector from the image to the raw predictions' if 'outputs' in report else 'this model')
+    return (f'## On a microcontroller\n\n`model.tflite` is {what} in int8, for TensorFlow Lite Micro. These figures'
             f' were measured by running that file in its interpreter, with the reference kernels on a 64-bit machine,'
             f' by `python -m timm_netaug deploy`; no board was used.\n\n'
             f'| | |\n|---|---|\n{rows}\nVersions: {versions}.')

@@ -17,7 +17,7 @@ from .rewrite import on_pixels, with_same_kernels
 
 __all__ = ['to_tflite']
 
-_CORRECTED = 64  # images for the correction of biases, whose activations lie in memory together
+_CORRECTED = 64 * 224 ** 2  # pixels for the correction of biases, whose activations lie in memory together
 _SIGNATURE = 'serving_default'  # of a file of litert-torch that says no other
 
 
@@ -26,13 +26,14 @@ def _to_float(model: nn.Module, input_size: Any, name: str) -> bytes:
     of features become channels-last, too."""
     litert_torch = require('litert_torch')
     channels, height, width = input_size
-    with torch.no_grad():
-        outputs = model(torch.zeros(1, *input_size))
-    maps = [i for i, t in enumerate(outputs if isinstance(outputs, tuple) else (outputs,)) if t.ndim == 4]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, 'float.tflite')
         try:
             with captured():
+                with torch.no_grad():
+                    outputs = model(torch.zeros(1, *input_size))
+                outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+                maps = [i for i, t in enumerate(outputs) if t.ndim == 4]
                 litert_torch.convert(
                     litert_torch.to_channel_last_io(model, args=[0], outputs=maps or None).eval(),
                     (torch.zeros(1, height, width, channels),),
@@ -96,7 +97,9 @@ def to_tflite(
     input_size = tuple(data_config['input_size'])
     if same_kernels:
         model = with_same_kernels(model, input_size)
-    model = with_rounded_weights(model, normalised(images[::-(-len(images) // _CORRECTED)], data_config))
+    count = min(64, max(8, _CORRECTED // (input_size[1] * input_size[2])), len(images))
+    chosen = np.linspace(0, len(images) - 1, count).astype(int)
+    model = with_rounded_weights(model, normalised(images[chosen], data_config))
     float_file = _to_float(on_pixels(model, data_config), input_size, name)
     ends = np.stack([np.full_like(images[0], value) for value in (0, 255)])
     pixels = np.concatenate([ends, images]).astype(np.float32) / 255

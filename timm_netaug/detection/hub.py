@@ -8,8 +8,7 @@ import torch
 
 from ..card import known_facts
 from ..errors import UserError
-from ..hub import CARD, TFLITE, TOLERANCE, check_destination, check_out_dir, check_target, commit
-from ..io.folder import copy_files
+from ..hub import CARD, TFLITE, TOLERANCE, check_destination, check_out_dir, check_target, commit, write_dry_run
 from .annotations import read_split
 from .card import detector_card
 from .detector import Detector
@@ -75,10 +74,7 @@ def push_detector(
         name = f'{repo}@{revision}' if revision not in (None, 'main') else repo
         (folder / CARD).write_text(detector_card(detector, facts, name), encoding='utf-8')
         if dry_run:
-            copy_files(folder, dry_run)
-            if not (folder / TFLITE).exists():
-                Path(dry_run, TFLITE).unlink(missing_ok=True)  # of an earlier dry run, with other weights
-            print(f'Written to {dry_run}, nothing pushed.')
+            write_dry_run(folder, dry_run)
             return
         url = commit(folder, repo, revision, private, parent)
     print(f"Pushed: {url}\nLoad it with:\n\n    from timm_netaug.detection import create_detector\n"
@@ -95,8 +91,9 @@ def pull_detector(repo: str, out_dir: str, revision: Optional[str] = None) -> bo
     there = find_detector_folder(f'hf-hub:{name}')
     if there is None:
         return False
-    check_out_dir(out_dir, BACKBONE)
+    check_out_dir(out_dir, BACKBONE, TFLITE)
     facts = known_facts(read_config(there, name)[1], METRICS)
+    facts.pop('deployed', None)  # the int8 file is not fetched
     export_detector(load_detector_folder(there, name), out_dir, facts)
     print(f"Pulled. Load it with:\n\n    from timm_netaug.detection import create_detector\n"
           f"    detector = create_detector('local-dir:{out_dir}')")
