@@ -15,12 +15,11 @@ from typing import Any, Dict, List, Mapping, NoReturn, Optional, Sequence, Set, 
 import torch
 import torch.nn as nn
 from timm.models._features import FeatureHooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .layers import ELASTIC, ElasticBatchNorm
 from .layout import Channels, Layout
-from .meta import fingerprint, to_meta
+from .meta import FastMeta, fingerprint, to_meta
 
 __all__ = ['trace']
 
@@ -126,7 +125,7 @@ def _is_pointwise(function: Any, op: str) -> bool:
     return torch.Tag.pointwise in (*function.tags, *counterpart.tags)
 
 
-class _Tracer(TorchDispatchMode):
+class _Tracer(FastMeta):
     """Follows channels through the operators of one forward pass of a model on the meta device."""
 
     def __init__(self, model: nn.Module):
@@ -156,7 +155,7 @@ class _Tracer(TorchDispatchMode):
         self.stack.pop()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
+        output = super().__torch_dispatch__(function, types, args, kwargs)
         names = (a.name for a in function._schema.arguments)
         self.follow(function, {**dict(zip(names, args)), **(kwargs or {})}, output)
         return output

@@ -2,7 +2,6 @@
 
 `augment` makes a super-network from a stock module. `export` copies a sub-network out of it as a stock module.
 """
-import copy
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
@@ -17,7 +16,7 @@ from .config import NetAugConfig
 from .graph import trace
 from .layers import ELASTIC, LAYER_STATE, Elastic, ElasticBatchNorm
 from .layout import Layout
-from .meta import shapes, to_meta
+from .meta import FastMeta, copy_with, shapes, to_meta
 from .recompute import Mixed, mixed_with, set_recomputed, switch_off_checkpointing
 from .sorting import importance_orders, permute_channels, to_permute
 from .trunk import SharedTrunk, find_trunk
@@ -265,7 +264,7 @@ def _rebuild(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module
         if name in tensors:
             new = tensors[name]
             memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    return copy.deepcopy(model, memo)
+    return copy_with(model, memo)
 
 
 def _example(model: nn.Module) -> Tuple[torch.Tensor]:
@@ -376,8 +375,9 @@ def _build(model: nn.Module, layout: Layout, config: NetAugConfig, trunk: Sequen
             device=old[name].device,
             memory_format=torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format,
         )
-        _fill(model, name, new)
-        new[layout.slices(name, new.ndim, layout.tiny)] = old[name]
+        if not new.is_meta:
+            _fill(model, name, new)
+            new[layout.slices(name, new.ndim, layout.tiny)] = old[name]
         tensors[name] = new
 
     supernet = _rebuild(model, tensors)
@@ -452,7 +452,7 @@ def export(module: nn.Module, widths: Optional[Mapping[str, int]] = None) -> nn.
     except ValueError as e:
         raise ValueError(f'Only a super-network can be exported. {e}') from None
     if name:
-        return copy.deepcopy(module, {id(supernet): export(supernet, widths)})
+        return copy_with(module, {id(supernet): export(supernet, widths)})
     supernet._check_layers()
     layout = supernet.layout
     widths = layout.tiny if widths is None else supernet.check_widths(widths)
@@ -482,7 +482,8 @@ def export(module: nn.Module, widths: Optional[Mapping[str, int]] = None) -> nn.
 def _fit_reported_widths(model: nn.Module, example: torch.Tensor) -> None:
     """Update the widths that a timm model reports, such as `num_features` and those in `feature_info`."""
     copied, example = to_meta(model), example.to(next(model.parameters()).dtype)
-    final, features = copied.forward_intermediates(example)
+    with FastMeta():
+        final, features = copied.forward_intermediates(example)
     for info, feature in zip(model.feature_info, features):
         info['num_chs'] = feature.shape[1]
     if hasattr(model, 'num_features'):
