@@ -43,6 +43,7 @@ class AtomicSaver(CheckpointSaver):
     """
 
     _late = ()
+    _small = None  # the content of an epoch's `model_best` and numbered file, once it has been read
 
     def save_checkpoint(self, epoch, metric=None, milestone=False):
         """Save an epoch.
@@ -50,12 +51,13 @@ class AtomicSaver(CheckpointSaver):
         Args:
             milestone: Keep a copy of `last`, named by the number of finished epochs.
         """
-        self._late = []
+        self._late, self._small = [], None
         result = super().save_checkpoint(epoch, metric)
         if milestone:
             self.save_milestone(epoch + 1)
         for src, dst in self._late:
             os.replace(src, dst)
+        self._small = None
         return result
 
     def _save(self, save_path, epoch, metric=None):
@@ -98,10 +100,11 @@ class AtomicSaver(CheckpointSaver):
     def _duplicate(self, src, dst):
         src = next((temporary for temporary, last in self._late if last == src), src)
         if not os.path.basename(dst).startswith(_MILESTONE):
-            small = {k: v for k, v in read_checkpoint(src).items() if k not in _FOR_RESUMING}
+            if self._small is None:
+                self._small = {k: v for k, v in read_checkpoint(src).items() if k not in _FOR_RESUMING}
             try:
                 with atomic_write(dst, 'wb') as f:
-                    torch.save(small, f)
+                    torch.save(self._small, f)
             except (OSError, RuntimeError) as e:
                 self._raise_full(e, dst)
             return
