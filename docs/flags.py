@@ -22,7 +22,6 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 
 import timm
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from timm.layers import BatchNormAct2d, is_fast_norm
 from timm.utils import unwrap_model
@@ -336,7 +335,7 @@ def _serve(requests) -> None:
     """Make a run for every request (arguments, output folder), each in a fork of this process."""
     os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the runs are on the CPU, and autograd's threads for GPUs cannot be forked
     torch.set_num_threads(1)  # nor can the threads of OpenMP: a fork would wait for them forever
-    Figure.savefig = lambda *args, **kwargs: None  # drawing the curves takes as long as the training
+    train.write_curves = lambda *args: None  # they take as long as the training
     _warm_up()
     gc.freeze()
     context = multiprocessing.get_context('fork')

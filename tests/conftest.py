@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from matplotlib.figure import Figure
 
 import timm_netaug
 
@@ -33,8 +32,10 @@ SMALL_RUN = ['--model', 'test_efficientnet', '--num-classes', 10, '--img-size', 
 NETAUG = ['--netaug', '--netaug-width-mults', 1, 1.4, '--netaug-expand-mults', 1, 1.6]
 
 # Files that take longest. They are started first, so that no process is left with one of them while the others are done.
-LONG = ['test_flags.py', 'test_supernet.py', 'test_family.py', 'test_graph.py', 'test_scripts.py', 'test_trunk.py',
-        'test_hub.py', 'test_docs.py', 'test_faults.py', 'test_distributed.py', 'test_resume.py', 'test_validate.py']
+LONG = ['test_family.py', 'test_flags.py', 'test_detection.py', 'test_info.py', 'test_task.py', 'test_same_as_timm.py',
+        'test_trunk.py', 'test_models.py', 'test_hub.py', 'test_scripts.py', 'test_docs.py', 'test_faults.py',
+        'test_supernet.py', 'test_wheel.py', 'test_recipes.py', 'test_graph.py', 'test_experiments.py', 'test_resume.py',
+        'test_commands.py', 'test_distributed.py', 'test_deploy.py', 'test_validate.py']
 
 torch.set_num_threads(1)  # the tensors are small, and CI machines are shared
 
@@ -197,8 +198,8 @@ def readme_block(marker: str, page: str = 'README.md') -> str:
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Leave `curves.png` empty: of few images, drawing it takes longer than an epoch."""
-    monkeypatch.setattr(Figure, 'savefig', lambda *args, **kwargs: None)
+    """Leave `curves.png` out: of few images, drawing it takes longer than an epoch."""
+    monkeypatch.setattr('timm_netaug.cli.train.write_curves', lambda *args: None)
 
 
 @pytest.fixture(scope='session')
@@ -224,11 +225,11 @@ def few_digits(digits, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='session')
-def run_dir(digits, tmp_path_factory) -> Path:
-    """A short run of train.py with NetAug: two epochs of the digits, the first one with augmented widths."""
+def run_dir(few_digits, tmp_path_factory) -> Path:
+    """A short run of train.py with NetAug: two epochs of a few digits, the first one with augmented widths."""
     out = tmp_path_factory.mktemp('runs')
     run_python(
-        'train.py', '--data-dir', digits, '--num-classes', 10, '--model', 'netaug_mbv2_tiny', '--img-size', 32,
-        '--netaug', '-b', 128, '--epochs', 2, '--warmup-epochs', 0, '--lr', 0.05, '-j', 0, '--crop-pct', 1.0,
+        'train.py', '--data-dir', few_digits, '--num-classes', 10, '--model', 'netaug_mbv2_tiny', '--img-size', 32,
+        '--netaug', '-b', 60, '--epochs', 2, '--warmup-epochs', 0, '--lr', 0.05, '-j', 0, '--crop-pct', 1.0,
         '--mean', 0.3, '--std', 0.35, '--save-epochs', 1, '--output', out, '--experiment', 'netaug', draw=True)
     return out / 'netaug'

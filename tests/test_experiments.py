@@ -15,7 +15,7 @@ from timm.data import create_dataset, create_loader
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.utils import random_seed
 
-from conftest import ROOT, run_python
+from conftest import NETAUG, ROOT, run_python
 from timm_netaug.cli.command_line import parse_args
 from timm_netaug.cli.train_flags import check_train_args, train_parser
 
@@ -69,7 +69,7 @@ def test_no_cost_on_a_gpu(on_gpu):
 
 
 FLAGS = ['--num-classes', 10, '--img-size', 32, '--model', 'netaug_mbv2_tiny', '-b', 60, '-j', 0, '--epochs', 2,
-         '--warmup-epochs', 0, '--lr', 0.05, '--netaug', '--netaug-stop-width-at', 1, '--color-jitter', 0]
+         '--warmup-epochs', 0, '--lr', 0.05, *NETAUG, '--netaug-stop-width-at', 1, '--color-jitter', 0]
 
 
 @pytest.fixture(scope='module')

@@ -56,7 +56,7 @@ def test_labels_are_those_of_the_table(data):
 ], ids=lambda flags: ' '.join(map(str, flags)))
 def test_training(flags, data, tmp_path):
     flags = [str(data / 'stats.json') if flag == 'STATS' else flag for flag in flags]
-    run_python('train.py', '--data-dir', data, *FLAGS, '--output', tmp_path, *flags)
+    run_python('train.py', '--data-dir', data, *FLAGS, '--output', tmp_path, *flags, draw='asl' in flags)
     row = next(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert {'eval_map', 'eval_micro_f1', 'eval_macro_f1', 'eval_sample_f1'} <= set(row)
     assert float(row['train_loss']) > 0 and ('train_aug_loss' in row) == ('--netaug' in flags)

@@ -16,7 +16,7 @@ from timm.models import _registry
 from timm.utils import NativeScaler, ParseKwargs, dispatch_clip_grad
 
 import timm_netaug
-from conftest import ROOT, SMALL_RUN, images, make, make_supernet, readme_block, run_python
+from conftest import NETAUG, ROOT, SMALL_RUN, images, make, make_supernet, readme_block, run_python
 from timm_netaug.cli import build
 from timm_netaug.cli.command_line import parse_args
 from timm_netaug.cli.device import choose_device
@@ -37,7 +37,7 @@ def test_every_flag_of_timm(script, parser, table):
     """Same flags, defaults, types, choices and numbers of values; --help has all but those that are always refused."""
     flags = json.loads((ROOT / f'tests/data/{script}_flags.json').read_text())
     assert len(flags) > 50
-    actions = {a.dest: a for a in parser._actions}
+    actions, text = {a.dest: a for a in parser._actions}, parser.format_help()
     for flag in flags:
         action = actions[flag['dest']]
         assert set(action.option_strings or [action.dest]) == set(flag['flags'])
@@ -47,7 +47,7 @@ def test_every_flag_of_timm(script, parser, table):
         assert isinstance(action, ParseKwargs) == ('ParseKwargs' in (flag['type'], flag['kind']))
         row = next(row for row in all_flags(table) if row.dest == flag['dest'])
         assert flag['choices'] in (None, list(row.choices))
-        assert row.help and all((name in parser.format_help()) != bool(row.refused) for name in flag['flags'])
+        assert row.help and all((name in text) != bool(row.refused) for name in flag['flags'])
 
 
 @pytest.mark.parametrize('argv, said', [
@@ -201,7 +201,7 @@ def test_run_with_netaug(run_dir):
     assert again.epochs == 2 and again.netaug and again.mean == [0.3]
 
 
-def test_export_and_validate(run_dir, digits, tmp_path):
+def test_export_and_validate(run_dir, few_digits, tmp_path):
     best = run_dir / 'model_best.pth.tar'
     done = run_python('-m', 'timm_netaug', 'export', best, tmp_path / 'out')
     assert not done.stderr and f"timm.create_model('local-dir:{tmp_path}/out', pretrained=True)" in done.stdout
@@ -220,14 +220,14 @@ def test_export_and_validate(run_dir, digits, tmp_path):
     rows = list(csv.DictReader((run_dir / 'summary.csv').open()))
     top1 = max(float(r['eval_top1']) for r in rows)
     for source in (['--checkpoint', best], ['--model', f'local-dir:{tmp_path}/out', '--pretrained']):
-        done = run_python('validate.py', *source, '--data-dir', digits, '-j', 0)
+        done = run_python('validate.py', *source, '--data-dir', few_digits, '-j', 0)
         result = json.loads(done.stdout[done.stdout.index('{'):])
         assert result['top1'] == pytest.approx(top1, abs=1e-3) and result['img_size'] == 32
 
 
 def test_reads_in_stock_timm(few_digits, tmp_path):
     """A checkpoint of any other model of the family opens where this package was never imported."""
-    run_python('train.py', '--data-dir', few_digits, '--model', 'mobilenetv3_small_050', '--netaug', *SMALL, '--epochs', 1,
+    run_python('train.py', '--data-dir', few_digits, '--model', 'mobilenetv3_small_050', *NETAUG, *SMALL, '--epochs', 1,
                '--output', tmp_path, '--experiment', 'run')
     code = ('import sys, timm;'
             " m = timm.create_model('mobilenetv3_small_050', num_classes=10, checkpoint_path=sys.argv[1]);"
@@ -237,7 +237,7 @@ def test_reads_in_stock_timm(few_digits, tmp_path):
     assert int(done.stdout) == sum(p.numel() for p in stock.parameters())
 
 
-def test_resume(run_dir, digits, tmp_path):
+def test_resume(run_dir, tmp_path):
     """The second epoch, run again from the first one's checkpoint, ends with the same weights."""
     args = ['train.py', '-c', run_dir / 'args.yaml', '--resume', run_dir / 'milestone-1.pth.tar', '--output', tmp_path]
     run_python(*args, '--experiment', 'resumed', fork=False)
@@ -252,18 +252,18 @@ def test_resume(run_dir, digits, tmp_path):
     assert done.returncode == 1 and "architecture is 'netaug_mbv2_tiny' there and 'netaug_mcunet' here" in done.stderr
 
 
-@pytest.mark.parametrize('netaug', [[], ['--netaug']], ids=['plain', 'netaug'])
+@pytest.mark.parametrize('netaug', [[], NETAUG], ids=['plain', 'netaug'])
 def test_starts_from_given_weights(netaug, few_digits, tmp_path):
     """At a learning rate of zero the weights at the end are those given; the head stays where the classes agree."""
-    given = make('netaug_mcunet')
+    given = make('netaug_mbv2_tiny')
     torch.save({'state_dict': given.state_dict()}, tmp_path / 'given.pth')
-    still = ['--epochs', 1, '--lr', 0, '--warmup-lr', 0, '--weight-decay', 0, '--model', 'netaug_mcunet',
+    still = ['--epochs', 1, '--lr', 0, '--warmup-lr', 0, '--weight-decay', 0, '--model', 'netaug_mbv2_tiny',
              '--data-dir', few_digits, '--output', tmp_path, *netaug, *SMALL]
     run_python('train.py', *still, '--pretrained-path', tmp_path / 'given.pth', '--experiment', 'a')
     got = torch.load(tmp_path / 'a/last.pth.tar', weights_only=False)['state_dict']
     for name, p in given.named_parameters():
         assert torch.equal(got[name], p), name
-    other = make('netaug_mcunet', num_classes=3)
+    other = make('netaug_mbv2_tiny', num_classes=3)
     torch.save({'state_dict': other.state_dict()}, tmp_path / 'other.pth')
     done = run_python('train.py', *still, '--pretrained-path', tmp_path / 'other.pth', '--experiment', 'b')
     assert 'The weights are for 3 classes, not 10: the classifier is a new one.' in done.stdout + done.stderr
@@ -281,7 +281,7 @@ def register_weights(monkeypatch, name, model, file):
 
 
 @pytest.mark.usefixtures('undrawn')
-@pytest.mark.parametrize('netaug', [[], ['--netaug']], ids=['plain', 'netaug'])
+@pytest.mark.parametrize('netaug', [[], NETAUG], ids=['plain', 'netaug'])
 @pytest.mark.parametrize('flag, classes', [('--pretrained', 10), ('--pretrained', 3), ('--initial-checkpoint', 10)])
 def test_starts_from_registered_weights_and_checkpoints(flag, classes, netaug, few_digits, tmp_path, monkeypatch):
     """As above, for the other two flags."""
@@ -309,7 +309,7 @@ def test_average_of_the_weights(few_digits, tmp_path, capsys, monkeypatch):
         main()
 
     for name, flags in (('a', []), ('b', ['--model-ema-force-cpu'])):
-        call(train.train, '--data-dir', few_digits, *SMALL_RUN, '--netaug', '-b', 60, '-j', 0, '--epochs', 2, '--lr',
+        call(train.train, '--data-dir', few_digits, *SMALL_RUN, *NETAUG, '-b', 60, '-j', 0, '--epochs', 2, '--lr',
              0.5, '--model-ema', '--model-ema-decay', 0.8, '--output', tmp_path, '--experiment', name, *flags)
         run = tmp_path / name
         saved = torch.load(run / 'last.pth.tar', weights_only=False)
@@ -347,7 +347,8 @@ def test_gradient_of_a_step(scaled, clip):
     clipping = ['--clip-grad', str(limit), '--clip-mode', clip] if clip else []
     args = parse_args(train_parser(), ['--data-dir', 'D', '--netaug', '--grad-accum-steps', '2', *clipping])
     args.world_size, args.rank, args.distributed, args.device = 1, 0, False, 'cpu'
-    task = timm_netaug.NetAugTask(make_supernet('netaug_mbv2_tiny').train(), seed=3, verbose=False)
+    config = dict(width_mults=(1, 1.4), expand_mults=(1, 1.6))
+    task = timm_netaug.NetAugTask(make_supernet(config=config).train(), seed=3, verbose=False)
     parameters = list(task.supernet.parameters())
     batches = Batches((images(4, 32, seed=i).to(memory_format=torch.channels_last), torch.arange(4)) for i in range(5))
     optimizer = torch.optim.SGD(parameters, lr=0.0)
@@ -371,7 +372,7 @@ def test_gradient_of_a_step(scaled, clip):
 
 def test_everything_at_once_still_trains(few_digits, tmp_path):
     """Flags that meet in one step: accumulation over an uneven epoch, clipping, EMA, mixup, bfloat16, channels-last."""
-    run_python('train.py', '--data-dir', few_digits, '--model', 'netaug_mbv3_035', '--netaug', *SMALL, '-b', 128,
+    run_python('train.py', '--data-dir', few_digits, '--model', 'netaug_mbv3_035', *NETAUG, *SMALL, '-b', 128,
                '--epochs', 1, '--grad-accum-steps', 4, '--clip-grad', 1.0, '--model-ema', '--mixup', 0.2,
                '--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--opt', 'adamw', '--lr', 1e-3, '--drop', 0.1,
                '--drop-path', 0.1, '--output', tmp_path, '--experiment', 'run')
@@ -399,7 +400,7 @@ def test_distillation_through_the_script(few_digits, teachers, tmp_path):
     common = ['train.py', '--data-dir', few_digits, *SMALL, '--model', 'netaug_mbv2_tiny', '--epochs', 1, '--mean', 0.3,
               '--std', 0.35, '--output', tmp_path, '--kd-model-name', f'local-dir:{teachers}/same']
     for flags, columns in (([], ['loss', 'task_loss', 'kd_loss', 'top1']),
-                           (['--netaug'], ['loss', 'tiny_loss', 'kd_loss', 'aug_loss', 'top1'])):
+                           (NETAUG, ['loss', 'tiny_loss', 'kd_loss', 'aug_loss', 'top1'])):
         run_python(*common, *flags, '--experiment', 'a' if flags else 'b')
         rows = list(csv.DictReader((tmp_path / ('a' if flags else 'b') / 'summary.csv').open()))
         assert [c for c in rows[0] if c.startswith('train_')] == [f'train_{c}' for c in columns]
@@ -522,7 +523,7 @@ def test_validation_loss_that_is_not_a_number(few_digits, tmp_path, monkeypatch)
         return {**metrics, 'loss': float('nan')}
 
     monkeypatch.setattr(train, 'evaluate', evaluated)
-    argv = ['train.py', '--data-dir', few_digits, *SMALL_RUN, '--netaug', '-b', 60, '-j', 0, '--epochs', 3, '--output',
+    argv = ['train.py', '--data-dir', few_digits, *SMALL_RUN, *NETAUG, '-b', 60, '-j', 0, '--epochs', 3, '--output',
             tmp_path, '--experiment', 'run']
     monkeypatch.setattr(sys, 'argv', list(map(str, argv)))
     with pytest.raises(SystemExit, match='^train.py: error: The validation loss is nan: try a lower rate. The'
@@ -571,7 +572,7 @@ def test_validate_reference_checkpoint(few_digits, tmp_path):
 def test_readme_loop():
     """The README's training loop, as it stands there."""
     scope = dict(
-        loader=[(images(8, 64, seed=i), torch.randint(10, (8,))) for i in range(3)], epochs=2)
+        loader=[(images(4, 32, seed=i), torch.randint(10, (4,))) for i in range(3)], epochs=2)
     exec(readme_block('library', 'docs/library.md'), scope)
     tiny = scope['tiny']
     assert type(tiny) is timm.models.EfficientNet and tiny.eval()(images(1, 64)).shape == (1, 10)
@@ -585,9 +586,11 @@ def test_readme_network():
 
 
 def test_epochs_without_validation(few_digits, tmp_path):
-    """The columns of summary.csv stay in place, and a schedule by metric goes on with the last one measured."""
+    """The columns of summary.csv stay in place, and a schedule by metric goes on with the last one measured; the curves
+    have none of them."""
     run_python('train.py', '--data-dir', few_digits, '--model', 'test_efficientnet', *SMALL, '--epochs', 3,
-               '--val-interval', 2, '--sched', 'plateau', '--lr', 0.01, '--output', tmp_path, '--experiment', 'run')
+               '--val-interval', 2, '--sched', 'plateau', '--lr', 0.01, '--output', tmp_path, '--experiment', 'run',
+               draw=True)
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert [bool(r['eval_top1']) for r in rows] == [False, True, True]
     assert all(float(r['lr']) == 0.01 and float(r['train_loss']) > 0 for r in rows)
@@ -653,7 +656,7 @@ def test_resume_with_another_training(run_dir, digits):
 
 def test_summary_keeps_its_columns(few_digits, tmp_path):
     """Three updates in an epoch: the first one of the second epoch has no augmented pass."""
-    run_python('train.py', '--data-dir', few_digits, *SMALL, '-b', 80, '--model', 'test_efficientnet', '--netaug',
+    run_python('train.py', '--data-dir', few_digits, *SMALL, '-b', 80, '--model', 'test_efficientnet', *NETAUG,
                '--netaug-every', 2, '--netaug-distill', 0.1, '--epochs', 3, '--output', tmp_path, '--experiment', 'run')
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert list(rows[0]) == ['epoch', 'train_loss', 'train_tiny_loss', 'train_aug_loss', 'train_distill_loss',
