@@ -139,7 +139,7 @@ def test_five_models(name):
 @pytest.mark.parametrize('name', ['netaug_mcunet', 'resnet18'])
 def test_stages(name):
     """The later the branch, the smaller the super-network and the step; from stage 0 they are those of all."""
-    model = timm.create_model(name)
+    model = timm.create_model(name, **(dict(channels=(16, 32, 64, 128)) if name == 'resnet18' else {}))
     d = describe(model, (3, 64, 64), samples=1)
     rows = stages(model, d['layers'], samples=20)
     assert [row['from_stage'] for row in rows] == list(range(len(rows))) and len(rows) >= 4
@@ -170,7 +170,7 @@ def test_macs_of_samples_are_those_that_are_computed():
 
 @pytest.mark.parametrize('name', ['resnet18', 'tf_efficientnet_lite0', 'vit_tiny_patch16_224'])
 def test_other_models(name, capsys):
-    info.main([name, '--num-classes', '10'])
+    info.main([name, '--num-classes', '10', '--samples', '2'])
     out = capsys.readouterr().out
     assert f'{name}, input 3 x 224 x 224, 10 classes' in out
     refused = name == 'vit_tiny_patch16_224'

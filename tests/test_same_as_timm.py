@@ -92,7 +92,7 @@ def reference(args, data, batches):
 
 
 @pytest.mark.usefixtures('undrawn')
-@pytest.mark.parametrize('model', ['mobilenetv3_small_050', 'test_resnet'])
+@pytest.mark.parametrize('model', ['test_efficientnet', 'test_resnet'])
 @pytest.mark.parametrize('argv', [
     ['--warmup-epochs', 0, '--smoothing', 0],
     ['--opt', 'adamw', '--lr', 1e-3, '--weight-decay', 0.05, '--warmup-epochs', 2, '--model-ema',

@@ -82,7 +82,7 @@ def test_supernet_size(name):
 @pytest.mark.parametrize('divisor', [1, 8])
 @pytest.mark.parametrize('name', MODELS + OTHERS)
 def test_sampled_is_a_stock_network(name, divisor):
-    supernet = make_supernet(name, dict(divisor=divisor))
+    supernet = make_supernet(name, dict(width_mults=(1, 1.3, 1.6), expand_mults=(1, 1.4, 1.8), divisor=divisor))
     stock_type = type(make(name))
     g = generator(3)
     x = images(2, 48)
@@ -271,10 +271,10 @@ def test_from_the_registry(name):
     supernet = timm.create_model(name, num_classes=4, netaug=True)
     assert isinstance(supernet, timm_netaug.SuperNet)
     assert supernet.netaug_config == NetAugConfig().resolve(name)
-    other = timm.create_model(name, netaug=dict(width_mults=[1, 2], divisor=8))
+    other = timm.create_model(name, num_classes=4, netaug=dict(width_mults=[1, 2], divisor=8))
     assert other.netaug_config.width_mults == (1, 2) and other.netaug_config.divisor == 8
     with pytest.raises(ValueError, match='depth'):
-        timm.create_model(name, netaug=dict(depth=2))
+        timm.create_model(name, num_classes=4, netaug=dict(depth=2))
     tiny = export(supernet)
     assert 'netaug' not in tiny._model_args and tiny(images(2)).shape == (2, 4)
     assert repr(tiny) == repr(timm.create_model(name, num_classes=4))

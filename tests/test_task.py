@@ -14,6 +14,8 @@ from conftest import MODELS, OTHERS, generator, images, make, make_supernet
 from timm_netaug import NetAugConfig, NetAugTask
 from timm_netaug.task import distillation_loss, step_generator
 
+NARROW = dict(width_mults=(1, 1.3, 1.6), expand_mults=(1, 1.4, 1.8))  # where nothing is about widths
+
 
 def labels(batch=4):
     return torch.randint(10, (batch,), generator=generator())
@@ -27,7 +29,7 @@ def make_task(name='netaug_mbv2_tiny', config={}, **kwargs):
 
 @pytest.mark.parametrize('name', MODELS)
 def test_losses(name):
-    task = make_task(name, dict(alpha=0.3), seed=5)
+    task = make_task(name, dict(alpha=0.3, **NARROW), seed=5)
     x, y = images(), labels()
     task.start_update(17)
     tiny = timm_netaug.export(task.supernet).train()
@@ -89,7 +91,7 @@ def test_schedule():
 
 @pytest.mark.parametrize('name', MODELS + OTHERS[:2])
 def test_checkpoint_is_the_stock_tiny_model(name, tmp_path):
-    task = make_task(name, dict(alpha=0.5))
+    task = make_task(name, dict(alpha=0.5, **NARROW))
     optimizer = torch.optim.SGD(task.supernet.parameters(), lr=0.1, momentum=0.9)
     task.setup_ema(decay=0.5)
     for epoch in range(2):
@@ -108,7 +110,7 @@ def test_checkpoint_is_the_stock_tiny_model(name, tmp_path):
         **task.supernet.netaug_config.to_dict(), **task.training_config.to_dict()}
     assert saved['state_dict'].keys() == stock.state_dict().keys()
 
-    other = make_task(name, dict(alpha=0.5))
+    other = make_task(name, dict(alpha=0.5, **NARROW))
     other.setup_ema(decay=0.5)
     timm.task.resume_task_checkpoint(other, str(file), log_info=False)
     timm.task.load_task_ema_checkpoint(other, str(file))
@@ -227,7 +229,7 @@ def test_early_backward(name):
     """The tiny network's gradient, taken before the augmented pass, makes the same sums: to the last bit."""
     states = []
     for early in (False, True):
-        task = make_task(name, early_backward=early, seed=5)
+        task = make_task(name, NARROW, early_backward=early, seed=5)
         optimizer = torch.optim.SGD(task.supernet.parameters(), lr=0.1, momentum=0.9)
         for step in range(3):
             loss = task(images(seed=step), labels())['loss']
