@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.models.detection import FCOS
 
 import timm_netaug
-from conftest import generator, images, randomise, run_python
+from conftest import generator, images, randomise, run_python, run_ranks
 from detection_data import COLORS, SIZE, write_coco, write_voc, xml
 from hub_server import serve
 from timm_netaug.__main__ import main as run_command
@@ -742,12 +742,11 @@ def test_commands_for_detectors(hub, tmp_path, capsys):
 
 @needs_metric
 def test_two_processes(voc, tmp_path):
-    """By torchrun, on five validation images: none is counted twice, and both processes' images are in the metric."""
+    """On five validation images: none is counted twice, and both processes' images are in the metric."""
     shutil.copytree(voc, tmp_path / 'data')
     (tmp_path / 'data/ImageSets/Main/val.txt').write_text(''.join(f'i{i}\n' for i in range(10, 15)))
     flags = [*RUN, '--data-dir', tmp_path / 'data', '--epochs', 1, '--netaug', '--output', tmp_path]
-    run_python('-m', 'torch.distributed.run', '--nproc-per-node', 2, 'train_detection.py', *flags, '-b', 4,
-               '--experiment', 'two')
+    run_ranks(2, 'train_detection.py', *flags, '-b', 4, '--experiment', 'two')
     row = dict(zip(*(line.split(',') for line in (tmp_path / 'two/summary.csv').read_text().splitlines())))
     done = run_python('validate_detection.py', '--data-dir', tmp_path / 'data', '-j', 0, '--checkpoint',
                       tmp_path / 'two/last.pth.tar')

@@ -28,7 +28,8 @@ def test_wheel(few_digits, tmp_path):
     with open(os.path.join(site, 'dependencies.pth'), 'w') as f:
         f.write(sysconfig.get_path('purelib') + '\n')
     run(sys.executable, '-m', 'pip', '--python', python, 'install', '--no-deps', wheel, cwd=tmp_path)
-    where = run(python, '-c', 'import timm_netaug; print(timm_netaug.__file__)', cwd=tmp_path).strip()
+    find = "import importlib.util; print(importlib.util.find_spec('timm_netaug').origin)"
+    where = run(python, '-c', find, cwd=tmp_path).strip()
     assert where.startswith(site)
     out = run(tmp_path / 'env/bin/timm-netaug-train', '--data-dir', few_digits, *SMALL_RUN, '--netaug', '-b', 60, '-j',
               0, '--epochs', 1, '--output', tmp_path / 'runs', '--experiment', 'run', cwd=tmp_path)
