@@ -36,14 +36,14 @@ def classify() -> Iterator[Tuple[str, torch.nn.Module, Optional[timm_netaug.Supe
     for name in names():
         with torch.device('meta'):
             model = timm.create_model(name)
-            try:
-                yield name, model, timm_netaug.augment(model), ''
-            except ValueError as e:
-                found = re.search(r"(?:module '(.+?)'|it is) of type (\w+), which (.+?)\. Supported", str(e))
-                module, kind, why = found.groups() if found else ('', type(model).__name__, str(e))
-                groups = kind == 'Conv2d' and 'groups=' in why
-                reason = 'grouped convolutions' if groups else REASONS.get(kind, why)
-                yield name, model, None, f'{reason} (`{module or name}`: `{kind}`)'
+        try:
+            yield name, model, timm_netaug.augment(model), ''
+        except ValueError as e:
+            found = re.search(r"(?:module '(.+?)'|it is) of type (\w+), which (.+?)\. Supported", str(e))
+            module, kind, why = found.groups() if found else ('', type(model).__name__, str(e))
+            groups = kind == 'Conv2d' and 'groups=' in why
+            reason = 'grouped convolutions' if groups else REASONS.get(kind, why)
+            yield name, model, None, f'{reason} (`{module or name}`: `{kind}`)'
 
 
 def millions(model: torch.nn.Module) -> str:
