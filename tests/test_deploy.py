@@ -713,6 +713,18 @@ def test_operators_that_int8_does_not_have():
 
 
 @needs_extra
+def test_operators_that_the_interpreter_does_not_have():
+    from timm_netaug.deploy.tflite import to_tflite
+    from timm_netaug.deploy.tflm import Tflm
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    config = dict(input_size=(3, 8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    data = to_tflite(model, config, pixels)
+    with pytest.raises(UserError, match='a net has an operator that TensorFlow Lite Micro does not have, GELU: replace'):
+        Tflm(data, 'a net')
+
+
+@needs_extra
 def test_file_has_the_mean_of_the_model():
     """Without the correction of biases, rounding shifts it by 26 * 0.49 / 127 * 0.5, some 12 steps."""
     from timm_netaug.deploy.tflite import to_tflite

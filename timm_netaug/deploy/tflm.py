@@ -84,7 +84,8 @@ class Tflm:
     def _why(self, printed: str) -> str:
         missing = re.search(r"Didn't find op for builtin opcode '(\w+)'", printed)
         if missing:
-            return f'{self.name} has an operator that TensorFlow Lite Micro does not have, {missing[1]}: replace it.'
+            return (f'{self.name} has an operator that TensorFlow Lite Micro does not have, {missing[1]}: replace it in'
+                    f' the model.')
         lines = [line for line in printed.splitlines() if line and not line.startswith('INFO')]
         return f'TensorFlow Lite Micro cannot run {self.name}: {"; ".join(lines[-2:])[:300] or "it does not say why"}.'
 
