@@ -1,6 +1,8 @@
 """The device and the precision of `train.py` and `validate.py`."""
+import ctypes
 import logging
 import os
+import sys
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Callable, Iterator
@@ -11,7 +13,9 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from ..errors import UserError
 
-__all__ = ['choose_device', 'join_processes', 'mixed_precision', 'restarts', 'uses_channels_last']
+__all__ = ['choose_device', 'join_processes', 'keep_memory', 'mixed_precision', 'restarts', 'uses_channels_last']
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def choose_device(args: Any, logger: logging.Logger) -> None:
@@ -29,6 +33,20 @@ def choose_device(args: Any, logger: logging.Logger) -> None:
         torch.backends.cuda.matmul.allow_tf32 = True
         # The search for the fastest convolution costs time for each new shape. NetAug has many, so it is off.
         torch.backends.cudnn.benchmark = not getattr(args, 'netaug', False)
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory of freed tensors for the next ones, on Linux with glibc; nothing elsewhere.
+
+    By itself, the C library gives memory of 32 MiB and more back at once, and the system clears its pages again for the
+    next tensor. docs/performance.md has what that costs.
+    """
+    if sys.platform != 'linux':
+        return
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)  # musl has none
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def restarts() -> int:
