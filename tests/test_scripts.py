@@ -427,7 +427,7 @@ def test_distillation_through_the_script(few_digits, teachers, tmp_path):
 @pytest.mark.parametrize('argv, said', [
     (['--model', 'mixnet_s', '--netaug'], "module 'blocks.1.0.conv_pw' of type MixedConv2d, which applies split"),
     (['--model', 'netaug_mcunet', '--num-classes', 5], 'has 10 classes, but the model has 5: add --num-classes 10'),
-    (['--model', 'no_such_model'], 'Unknown model no_such_model; timm.list_models() lists'),
+    (['--model', 'no_such_model'], 'Unknown model no_such_model; timm.list_models'),
     (['--model', 'netaug_mcunet', '--data-dir', '/no/such'], 'there is no folder /no/such'),
     (['--model', 'mobilenetv2_035', '--pretrained'], 'No pretrained weights exist'),
     (['--model', 'netaug_mcunet', '--pretrained-path', '/no/such.pth'], 'there is no file /no/such.pth'),
