@@ -29,6 +29,7 @@ from timm.task import ClassificationTask, DistillationTeacher, LogitDistillation
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_netaug
+from timm_netaug.cli.device import keep_memory
 from timm_netaug.cli.style import BLACK, METHODS, new_figure, style
 from timm_netaug.fused_bn_relu import FUSED
 
@@ -314,6 +315,8 @@ def main() -> None:
     if UNIT not in args.contenders:
         parser.error(f'the unit is the plain step: add "{UNIT}" to --contenders')
     torch.set_num_threads(args.threads)
+    if args.device == 'cpu':
+        keep_memory()  # as train.py does
     if args.profile:
         for model in args.models:
             profile(args, model)

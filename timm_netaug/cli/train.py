@@ -45,7 +45,7 @@ from .build import prepare_for_training, set_up_model, set_up_task, set_up_teach
 from .command_line import parse_args
 from .common_flags import target_of
 from .curves import write_curves
-from .device import choose_device, join_processes, mixed_precision, uses_channels_last
+from .device import choose_device, join_processes, keep_memory, mixed_precision, uses_channels_last
 from .loaders import open_splits, set_up_loaders
 from .logs import set_up_logging
 from .progress import Progress
@@ -63,6 +63,8 @@ _LOSSES = ('loss', 'tiny_loss', 'task_loss', 'kd_loss', 'aug_loss', 'distill_los
 def set_up_device(args) -> torch.device:
     """Choose the device and join the other processes."""
     choose_device(args, _logger)
+    if args.device == 'cpu':
+        keep_memory()
     with rewording(f'--device {args.device} cannot be used', ImportError, RuntimeError, AssertionError):
         for name in args.device_modules or ():
             importlib.import_module(name)
