@@ -25,7 +25,6 @@ from timm.data import resolve_input_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import random_seed
 
-from timm_netaug.cli.device import keep_memory
 from timm_netaug.cli.command_line import parse_args
 from timm_netaug.cli.train_flags import check_train_args, netaug_config, train_parser
 from timm_netaug.cli.build import set_up_model, set_up_task, prepare_for_training
@@ -130,8 +129,6 @@ def main() -> None:
     parser.add_argument('--output', default='benchmarks/results/epoch', help='name without ending')
     args, flags = parser.parse_known_args()
     torch.set_num_threads(args.threads)
-    if args.device == 'cpu':
-        keep_memory()  # as train.py does
     logging.disable(logging.INFO)
     common = [
         '--data-dir', args.data_dir, '--model', args.model, '--device', args.device, '--log-interval', '1000000', *flags]
