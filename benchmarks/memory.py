@@ -8,7 +8,6 @@ turns. Reported are medians and quartiles over the processes of the mean time of
 """
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 import timm_netaug
-from step import CONTENDERS, Contender
+from step import CONTENDERS, Contender, machine
 from timm_netaug.cli.device import keep_memory
 
 VARIANTS = ('plain, channels-last', 'stage 3, expansions', 'all, widths')
@@ -67,8 +66,9 @@ def main() -> None:
         low, high = row['quartiles']
         print(f'| {row["variant"]} | {row["setting"]} | {row["median"]:.0f} ({low:.0f} to {high:.0f}) |')
     if args.output:
-        about = dict(model=args.model, img_size=args.img_size, batch_size=args.batch_size, machine=platform.processor(),
-                     torch=torch.__version__, timm_netaug=timm_netaug.__version__)
+        torch.set_num_threads(1)  # as in the processes
+        about = dict(model=args.model, img_size=args.img_size, batch_size=args.batch_size, machine=machine(args),
+                     timm_netaug=timm_netaug.__version__)
         Path(args.output).write_text(json.dumps(dict(about, rows=rows), indent=2) + '\n')
 
 

@@ -634,6 +634,13 @@ def test_metrics_of_model_and_file(detector_run, boxes):
     assert in_int8 == pytest.approx(in_float, abs=1e-3)  # batches of one image round in another way
     assert lines == ['  6 of 6 images']
 
+    class Blind(File):
+        def __call__(self, image):
+            return [np.full_like(t, -20) for t in super().__call__(image)]
+
+    again, blind = measure_detector(detector, Blind(), dataset, range(6), config, lines.append)
+    assert again == in_float and blind['AP50'] == 0
+
 
 @needs_metric
 @pytest.mark.parametrize('mistake, told', [

@@ -10,7 +10,6 @@ from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 import numpy as np
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from ..detection.annotations import Split, find_classes, read_split
 from ..detection.data import DetectionDataset, collate, pixel_transform
@@ -20,7 +19,7 @@ from ..detection.folder import architecture_of
 from ..detection.metric import DetectionEvaluator, check_metric
 from ..errors import UserError
 from .images import normalised
-from .measure import from_camera
+from .measure import from_camera, progress
 from .pipeline import DeployConfig, build, check_calibration, check_drop, require_chain, write_deployment
 from .tflm import Tflm
 
@@ -103,15 +102,12 @@ def measure_detector(
 ) -> Tuple[Dict[str, Any], Dict[str, Any]]:
     """Return the metrics, in percent, of the PyTorch model and of its file on the same images."""
     evaluators = [DetectionEvaluator(detector.fcos) for _ in range(2)]
-    with tqdm(total=len(indices), desc='Measure', unit='image', leave=False, disable=None, dynamic_ncols=True) as bar:
+    with progress(len(indices), say) as advance:
         for start in range(0, len(indices), _BATCH):
             pixels, targets = _pixels(dataset, indices[start:start + _BATCH])
             evaluators[0].update(detector.dense(normalised(pixels, data_config)), targets)
             evaluators[1].update(raw_predictions(file, from_camera(pixels)), targets)
-            bar.update(len(pixels))
-            done = start + len(pixels)
-            if bar.disable and done * 10 // len(indices) > start * 10 // len(indices):
-                say(f'  {done:,} of {len(indices):,} images')
+            advance(len(pixels))
     in_float, in_int8 = ({k: v for k, v in e.compute().items() if k in _METRICS} for e in evaluators)
     return in_float, in_int8
 
@@ -124,21 +120,12 @@ def deploy_detector(
         config: DeployConfig = DeployConfig(split='val'),
         say: Callable[[str], None] = print,
 ) -> Dict[str, Any]:
-    """Write `model.tflite`, `model.h`, `model.cc` and `report.json` of a detector's dense part, if the file is good.
+    """Write the files of a detector's dense part, as `pipeline.deploy` does for a classifier: with the same further
+    arguments, result and errors.
 
     Args:
         detector: On the CPU.
-        name: What messages and the report call it.
-        out_dir: Folder for the files.
         data_dir: Data set in the layout of Pascal VOC or COCO.
-        say: Is called with a line for every step.
-
-    Returns:
-        The report: plain data, the contents of `report.json`.
-
-    Raises:
-        UserError: A package is missing, the data set does not fit, an operator has no int8 form, or the file is not
-            good. Nothing has been written.
     """
     check_metric()
     require_chain()

@@ -1,6 +1,7 @@
 """The accuracy of a file beside that of the PyTorch model, and of other files, on the same images in the same run."""
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from .images import batches, normalised
 from .tflm import Tflm
 
-__all__ = ['Accuracy', 'from_camera', 'measure', 'quantised']
+__all__ = ['Accuracy', 'from_camera', 'measure', 'progress', 'quantised']
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,27 @@ def quantised(pixels: np.ndarray, data_config: Mapping[str, Any], file: Tflm) ->
     return np.clip(np.round(values), -128, 127).astype(np.int8)
 
 
+@contextmanager
+def progress(total: int, say: Callable[[str], None]) -> Iterator[Callable[..., None]]:
+    """Show a bar of the images that are measured, or say a line for about every tenth of them where no bar is shown.
+
+    Args:
+        total: Number of images.
+
+    Yields:
+        A function to be called behind a batch: with the number of its images, and what to say behind that of all.
+    """
+    done = 0
+    with tqdm(total=total, desc='Measure', unit='image', leave=False, disable=None, dynamic_ncols=True) as bar:
+        def advance(count: int, so_far: str = '') -> None:
+            nonlocal done
+            bar.update(count)
+            done += count
+            if bar.disable and done * 10 // total > (done - count) * 10 // total:
+                say(f'  {done:,} of {total:,} images{so_far}')
+        yield advance
+
+
 @torch.inference_mode()
 def measure(
         model: nn.Module,
@@ -71,7 +93,7 @@ def measure(
     counts: Dict[str, int] = dict(float=0, int8=0, agree=0)
     right, done = [0] * len(others), 0
     order = np.random.default_rng(0).permutation(indices)  # by class, the progress would show one class's accuracy
-    with tqdm(total=len(indices), desc='Measure', unit='image', leave=False, disable=None, dynamic_ncols=True) as bar:
+    with progress(len(indices), say) as advance:
         for pixels, labels in batches(dataset, order):
             expected = model(normalised(pixels, data_config)).argmax(1).numpy()
             found = np.array([file(image)[0].argmax() for image in from_camera(pixels)])
@@ -82,9 +104,7 @@ def measure(
                 chosen = [other(image)[0].argmax() for image in quantised(pixels, data_config, other)]
                 right[i] += int((np.array(chosen) == labels).sum())
             done += len(labels)
-            bar.update(len(labels))
-            if bar.disable and done * 10 // len(indices) > (done - len(labels)) * 10 // len(indices):
-                say(f'  {done:,} of {len(indices):,} images, so far float {100 * counts["float"] / done:.2f} %,'
-                    f' int8 {100 * counts["int8"] / done:.2f} %')
+            advance(len(labels), f', so far float {100 * counts["float"] / done:.2f} %,'
+                                 f' int8 {100 * counts["int8"] / done:.2f} %')
     percent = [100 * value / len(indices) for value in (*counts.values(), *right)]
     return Accuracy(*percent[:3], len(indices), percent[3:])
