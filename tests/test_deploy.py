@@ -613,12 +613,41 @@ def test_decoding_in_the_header():
     assert found['boxes'][0].tolist() == pytest.approx([x - left, y - upper, x + right, height])  # lower: at the edge
 
 
+class Knowing(nn.Module):
+    """A dense part that knows the images of a data set, and predicts their true boxes."""
+
+    def __init__(self, dataset, config, scale):
+        super().__init__()
+        self.known = []
+        for pixels, target in (dataset[i] for i in range(len(dataset))):
+            height, width = (n // 8 for n in pixels.shape[1:])
+            maps = dict(cls_logits=torch.full((4, height, width), -20.0), bbox_regression=torch.ones(4, height, width),
+                        bbox_ctrness=torch.full((1, height, width), 10.0))
+            for box, label in zip(target['boxes'], target['labels']):
+                column, row = (int((box[i] + box[i + 2]) / 2 // 8) for i in (0, 1))
+                point = torch.tensor([column + 0.5, row + 0.5]) * 8
+                maps['cls_logits'][label, row, column] = 10.0
+                maps['bbox_regression'][:, row, column] = torch.cat([point - box[:2], box[2:] - point]) / (8 * scale)
+            x = normalised(pixels.permute(1, 2, 0).numpy()[None], config)[0]
+            self.known.append((x, maps))
+
+    def forward(self, images):
+        found = [next(maps for known, maps in self.known if torch.allclose(x, known, atol=1e-4)) for x in images]
+        output = {}
+        for kind in found[0]:
+            finest = torch.stack([maps[kind] for maps in found])
+            empty = -20.0 if kind == 'cls_logits' else 1.0
+            output[kind] = [finest, *(torch.full_like(finest[..., ::n, ::n], empty) for n in (2, 4))]
+        return output
+
+
 @needs_metric
 def test_metrics_of_model_and_file(detector_run, boxes):
     """A file that computes what the model does has its metrics, which are those of the evaluation."""
     detector = create_detector(f'local-dir:{detector_run}').eval()
     config, split = detector.config.data_config, read_split(str(boxes), 'val')
     dataset = DetectionDataset(split, NAMES, pixel_transform(config))
+    detector.dense = Knowing(dataset, config, detector.config.scale)
 
     class File:
         outputs = [Quantised((), 1.0, 0)] * 9
@@ -630,7 +659,7 @@ def test_metrics_of_model_and_file(detector_run, boxes):
     lines = []
     in_float, in_int8 = measure_detector(detector, File(), dataset, range(6), config, lines.append)
     metrics = evaluate_detector(detector, split)[0]
-    assert in_float == {k: metrics[k] for k in ('AP', 'AP50')} and in_float['AP'] is not None
+    assert in_float == {k: metrics[k] for k in ('AP', 'AP50')} and in_float['AP50'] == pytest.approx(100)
     assert in_int8 == pytest.approx(in_float, abs=1e-3)  # batches of one image round in another way
     assert lines == ['  6 of 6 images']
 
