@@ -89,7 +89,7 @@ class Contender:
 
 
 UNIT = 'plain, channels-last'
-CONTENDERS = {  # what train.py does by default on a CPU, but for the last three
+CONTENDERS = {  # what train.py does by default on a CPU, but for those after the first nine
     UNIT: dict(kind='plain'),
     'distillation': dict(kind='distillation'),
     'stage 4, expansions': dict(kind='netaug', from_stage=4, width_mults=(1,)),
@@ -102,6 +102,9 @@ CONTENDERS = {  # what train.py does by default on a CPU, but for the last three
     'all, widths, as the layers of PyTorch have it': dict(
         kind='netaug', channels_last=False, early=False, fused=False),
     'all, widths, divisor 8': dict(kind='netaug', divisor=8),
+    'all, widths, divisor 16': dict(kind='netaug', divisor=16),
+    'stage 3, expansions, divisor 16': dict(kind='netaug', from_stage=3, width_mults=(1,), divisor=16),
+    'stage 3, widths, divisor 16': dict(kind='netaug', from_stage=3, divisor=16),
 }
 BY_DEFAULT = list(CONTENDERS)[:9]
 NAMES = {  # contender -> its method, which has a colour in all pictures, and what pictures call it
@@ -116,6 +119,9 @@ NAMES = {  # contender -> its method, which has a colour in all pictures, and wh
     'plain, contiguous': ('plain', 'plain training, contiguous'),
     'all, widths, as the layers of PyTorch have it': ('widths', "NetAug, widths and expansions, PyTorch's layers"),
     'all, widths, divisor 8': ('widths', 'NetAug, widths and expansions, divisor 8'),
+    'all, widths, divisor 16': ('widths', 'NetAug, widths and expansions, divisor 16'),
+    'stage 3, expansions, divisor 16': ('stage', 'NetAug, expansions from stage 3, divisor 16'),
+    'stage 3, widths, divisor 16': ('stage-widths', 'NetAug, widths and expansions from stage 3, divisor 16'),
     # As earlier versions of this file called them.
     'plain': ('plain', 'plain training, contiguous'),
     'distillation, channels-last': ('teacher', 'plain training with a teacher'),
