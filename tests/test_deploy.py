@@ -1,4 +1,5 @@
 """From a model to a file for microcontrollers: rewrites, repairs, sentences; and the chain, where its packages are."""
+import copy
 import dataclasses
 import hashlib
 import importlib.util
@@ -14,6 +15,7 @@ import timm
 import torch
 import torch.nn as nn
 from PIL import Image
+from timm.layers import BatchNormAct2d, Conv2dSame
 
 from conftest import MODELS, images, make, randomise
 from detection_data import write_voc
@@ -24,8 +26,8 @@ from timm_netaug.cli import hub as hub_command
 from timm_netaug.cli import info as info_command
 from timm_netaug.costs import costs, greedy_plan
 from timm_netaug.deploy.c_source import c_header, c_source
-from timm_netaug.deploy.correct import with_rounded_weights
 from timm_netaug.deploy.detector import DenseOutputs, deploy_detector, measure_detector, raw_predictions
+from timm_netaug.deploy.equalise import with_equal_channels
 from timm_netaug.deploy.images import batches, normalised, open_pixels, spread
 from timm_netaug.deploy.measure import from_camera, measure, quantised
 from timm_netaug.deploy.onnx import deploy_onnx
@@ -36,6 +38,7 @@ from timm_netaug.deploy.pipeline import (
 from timm_netaug.deploy.repair import inline_buffers, outside_buffers, strip
 from timm_netaug.deploy.report import card_section, text_table
 from timm_netaug.deploy.rewrite import on_pixels, with_same_kernels
+from timm_netaug.deploy.rounding import with_rounded_weights
 from timm_netaug.deploy.tflm import Quantised
 from timm_netaug.detection import create_detector
 from timm_netaug.detection.annotations import read_split
@@ -111,9 +114,9 @@ def test_kernels_of_one_pixel_stay():
     assert found[0].flash_bytes == found[1].flash_bytes and found[0].activation_bytes == found[1].activation_bytes
 
 
-def shifting(bias=False):
+def shifting(bias=False, padding=0):
     """A convolution whose weights all lie just below half a step, but the largest: rounding takes them to zero."""
-    conv = nn.Conv2d(3, 2, 3, bias=bias)
+    conv = nn.Conv2d(3, 2, 3, bias=bias, padding=padding)
     with torch.no_grad():
         conv.weight.fill_(0.49 / 127)
         conv.weight[:, 0, 1, 1] = 1
@@ -151,11 +154,101 @@ def test_rounded_weights_keep_the_means(name):
 
 @pytest.mark.parametrize('bias', [False, True])
 def test_biases_make_up_for_rounding(bias):
-    conv, x = shifting(bias), torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    """Where padding has a name, each weight is rounded by itself."""
+    conv, x = shifting(bias, padding='valid'), torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     corrected = with_rounded_weights(nn.Sequential(conv), x)[0]
     assert torch.count_nonzero(corrected.weight) == 2
     shift = corrected.bias - (conv.bias if bias else 0)
     torch.testing.assert_close(shift, torch.full((2,), 26 * 0.49 / 127 * 0.5), rtol=0.05, atol=0)  # 0.5: mean of x
+
+
+@pytest.mark.parametrize('groups', [1, 6])
+@pytest.mark.parametrize('make_conv', [nn.Conv2d, Conv2dSame])
+def test_weights_are_rounded_for_the_smallest_error_of_the_output(make_conv, groups):
+    """Neighbouring pixels are alike, so the error of a weight can be passed on to the next one. A zero stays, and so
+    does the largest weight."""
+    torch.manual_seed(0)
+    layer = make_conv(6, 6, 3, 2, 1 if make_conv is nn.Conv2d else 0, groups=groups)
+    with torch.no_grad():
+        layer.weight[:, :, 0] = 0
+    x = nn.functional.interpolate(torch.rand(16, 6, 4, 4), 17, mode='bilinear')
+    rounded = with_rounded_weights(nn.Sequential(layer), x)[0]
+    weight, found = layer.weight.detach().flatten(1), rounded.weight.detach().flatten(1)
+    step = weight.abs().amax(1, keepdim=True) / 127
+    nearest = copy.deepcopy(layer)
+    nearest.weight.data = ((weight / step).round() * step).view_as(layer.weight)
+    with torch.no_grad():
+        errors = [(other(x) - layer(x)).var((0, 2, 3)).mean() for other in (rounded, nearest)]
+    assert errors[0] < 0.7 * errors[1]
+    assert not found[weight == 0].any() and (weight == 0).any()
+    torch.testing.assert_close(found.abs().amax(1), weight.abs().amax(1), rtol=1e-6, atol=0)
+
+
+def test_rounding_of_inputs_that_are_always_zero():
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.rand(4, 4, 8, 8)
+    x[:, 2] = 0
+    with torch.no_grad():
+        model[2].weight[1] = 0
+    rounded = with_rounded_weights(model, x)
+    assert all(parameter.isfinite().all() for parameter in rounded.parameters())
+    torch.testing.assert_close(rounded(x), model(x), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_equal_channels_compute_the_same(name):
+    """Sums of float32 in another order: the outputs are the same to 1e-5 of the largest."""
+    model, x = make(name).eval(), images(8, 64)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    equal = with_equal_channels(model, x)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(equal(x), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert any(not torch.equal(v, before[k]) for k, v in equal.state_dict().items())
+
+
+def depthwise_behind_norm(act_layer=nn.ReLU6, groups=4):
+    norm = BatchNormAct2d(4, act_layer=act_layer)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([4., 1., 0.01, 0.]))
+    return nn.Sequential(norm, nn.Conv2d(4, 4, 3, groups=groups)).eval()
+
+
+def largest_values(model, x):
+    with torch.no_grad():
+        return model[0](x).amax((0, 2, 3))
+
+
+def test_equal_channels_are_nearer_to_the_largest():
+    model, x = depthwise_behind_norm(), torch.rand(8, 4, 8, 8)
+    before, after = largest_values(model, x), largest_values(with_equal_channels(model, x), x)
+    factors = torch.stack([torch.ones(()), (before[0] / before[1]).sqrt(), torch.tensor(3.), torch.ones(())])
+    torch.testing.assert_close(after, before * factors)
+
+
+@pytest.mark.parametrize('changes', [dict(act_layer=nn.SiLU), dict(groups=1)])
+def test_other_channels_stay(changes):
+    """Scaling before SiLU is not scaling behind it, and a dense convolution has no weights of one channel alone."""
+    model, x = depthwise_behind_norm(**changes), torch.rand(8, 4, 8, 8)
+    assert torch.equal(largest_values(with_equal_channels(model, x), x), largest_values(model, x))
+
+
+def test_channels_that_are_read_twice_stay():
+    class Twice(nn.Sequential):
+        def forward(self, x):
+            x = self[0](x)
+            return self[1](x).mean() + x.mean()
+
+    model, x = Twice(*depthwise_behind_norm()).eval(), torch.rand(8, 4, 8, 8)
+    assert torch.equal(with_equal_channels(model, x)(x), model(x))
+
+
+def test_weights_make_up_for_rounding():
+    """About half of 26 weights of 0.49 steps become a step, so that little is left for the bias."""
+    conv, x = shifting(bias=True), torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    rounded = with_rounded_weights(nn.Sequential(conv), x)[0]
+    assert all(8 < torch.count_nonzero(weight) < 18 for weight in rounded.weight)
+    assert (rounded.bias - conv.bias).abs().max() < 1 / 127
 
 
 def test_layers_that_are_called_twice_keep_their_bias():

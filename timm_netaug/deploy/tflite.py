@@ -8,12 +8,13 @@ import torch
 import torch.nn as nn
 
 from ..errors import UserError, first_line
-from .correct import with_rounded_weights
+from .equalise import with_equal_channels
 from .images import normalised
 from .output import captured
 from .packages import require
 from .repair import check_all_int8, repair
 from .rewrite import on_pixels, with_same_kernels
+from .rounding import with_rounded_weights
 
 __all__ = ['to_tflite']
 
@@ -99,7 +100,8 @@ def to_tflite(
         model = with_same_kernels(model, input_size)
     count = min(64, max(8, _CORRECTED // (input_size[1] * input_size[2])), len(images))
     chosen = np.linspace(0, len(images) - 1, count).astype(int)
-    model = with_rounded_weights(model, normalised(images[chosen], data_config))
+    x = normalised(images[chosen], data_config)
+    model = with_rounded_weights(with_equal_channels(model, x), x)
     float_file = _to_float(on_pixels(model, data_config), input_size, name)
     ends = np.stack([np.full_like(images[0], value) for value in (0, 255)])
     pixels = np.concatenate([ends, images]).astype(np.float32) / 255
