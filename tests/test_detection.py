@@ -243,6 +243,24 @@ def edit(root, name, boxes):
     (root / f'Annotations/{name}.xml').write_text(xml(name, boxes))
 
 
+def test_images_that_are_listed_twice_are_told(copied):
+    with open(copied / 'ImageSets/Main/train.txt', 'a') as f:
+        f.write('i0\ni1\n')
+    assert 'train: 2 images are listed more than once (i0, i1).' in read_split(str(copied), 'train').notes
+
+
+def test_crowds_alone_are_nothing_to_learn(coco, tmp_path):
+    shutil.copytree(coco, tmp_path / 'coco')
+    file = tmp_path / 'coco/annotations/instances_train.json'
+    data = json.loads(file.read_text())
+    for annotation in data['annotations']:
+        annotation['iscrowd'] = 1
+    file.write_text(json.dumps(data))
+    train, val = (read_split(str(tmp_path / 'coco'), name) for name in ('train', 'val'))
+    with pytest.raises(UserError, match='The split train has no boxes at all: there is nothing to learn'):
+        find_classes(train, val)
+
+
 def test_boxes_that_are_mended(copied):
     edit(copied, 'i0', [('red', [10, 10, 10, 30]), ('blue', [5, 5, 30, 30])])
     edit(copied, 'i1', [('red', [-5, 10, 30, 90]), ('green', [90, 10, 120, 20])])
@@ -322,7 +340,22 @@ def none_to_measure(root):
         edit(root, f'i{i}', [])
 
 
+def other_format(root):
+    (root / 'Annotations/i3.xml').write_text('<annotations><image/></annotations>')
+
+
+def other_size_in_xml(root):
+    (root / 'Annotations/i3.xml').write_text(xml('i3', [('red', [1, 1, 20, 30])], (30, 40)))
+
+
+def latin_list(root):
+    (root / 'ImageSets/Main/train.txt').write_bytes('caf\xe9\n'.encode('latin-1'))
+
+
 WRONG = {
+    other_format: 'i3.xml is not Pascal VOC XML: its root is <annotations>, not <annotation>. Convert it.',
+    other_size_in_xml: 'i3.png has 60 x 80 pixels, and',
+    latin_list: 'Save the file as UTF-8.',
     nan: 'i0.png has a box with NaN or infinite sides: mend it.',
     words: "i0.xml has a box whose xmax is 'ten', which is not a number: mend the file.",
     background: 'i0.png has an object of the class background, which is no class of objects',
@@ -394,7 +427,37 @@ def used_background(data):
     data['annotations'][0]['category_id'] = 0
 
 
+def one_id(data):
+    data['images'][1]['id'] = data['images'][0]['id']
+
+
+def one_category_id(data):
+    data['categories'][1]['id'] = data['categories'][0]['id']
+
+
+def one_name(data):
+    data['categories'][1]['name'] = data['categories'][0]['name']
+
+
+def no_object(data):
+    data['annotations'][0] = None
+
+
+def list_as_id(data):
+    data['annotations'][0]['category_id'] = [10]
+
+
+def endless(data):
+    data['annotations'][0]['bbox'][0] = 10 ** 400
+
+
 @pytest.mark.parametrize('mistake, said', [
+    (one_id, 'cannot be read as COCO JSON (two of its images have one id): mend it.'),
+    (one_category_id, 'cannot be read as COCO JSON (two of its categories have one id): mend it.'),
+    (one_name, 'cannot be read as COCO JSON (two of its categories have the name'),
+    (no_object, 'cannot be read as COCO JSON (its annotations are no list of objects): mend it.'),
+    (list_as_id, 'of the category [10], and its categories are'),
+    (endless, 'not four numbers: mend the file.'),
     (label_beyond, 'has an annotation (id 0) of the category 99, and its categories are 10, 20, 30: mend the file.'),
     (other_image, 'has an annotation (id 0) of the image 99, which it does not list'),
     (not_finite, 'has a box with NaN or infinite sides: mend it.'),

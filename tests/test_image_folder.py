@@ -55,6 +55,69 @@ def test_hidden_files_and_folders_are_left_out(folder):
     assert labels(opened(folder)) == want
 
 
+def test_link_to_a_folder_that_contains_it(folder):
+    (folder / 'train/cat/up').symlink_to('..')
+    with pytest.raises(UserError, match=r'train/cat/up is a link to a folder that contains it'):
+        opened(folder)
+
+
+def test_link_to_another_folder(folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp('elsewhere') / 'owls'
+    shutil.copytree(folder / 'train/dog', place)
+    (folder / 'train/owl').symlink_to(place)
+    assert class_names(opened(folder)) == ['cat', 'class9', 'class10', 'dog', 'owl']
+    assert len(opened(folder)) == 10
+
+
+@pytest.mark.parametrize('content, said', [
+    ('hidden', 'owl holds no images, so that class would be missing'),
+    ('hidden folder', 'owl holds no images, so that class would be missing'),
+    ('nothing', 'owl holds no images, so that class would be missing'),
+    ('broken link', 'owl is a link that leads nowhere, so that class would be missing'),
+])
+def test_class_that_would_be_missing(folder, content, said):
+    place = folder / 'train/owl'
+    if content == 'broken link':
+        place.symlink_to(folder / 'gone')
+    else:
+        place.mkdir()
+    if content.startswith('hidden'):
+        file = place / ('.1.png' if content == 'hidden' else '.x/1.png')
+        file.parent.mkdir(exist_ok=True)
+        shutil.copy(folder / 'train/cat/1.png', file)
+    with pytest.raises(UserError, match=said):
+        check_split(opened(folder), str(folder), 'train')
+
+
+def test_order_of_names_that_differ_in_case(folder):
+    """timm's key does not tell them apart, so their order would be that in which the system lists the folders."""
+    (folder / 'train/Cat').mkdir()
+    shutil.copy(folder / 'train/cat/1.png', folder / 'train/Cat/1.png')
+    names = class_names(opened(folder))
+    if names == ['cat', 'class9', 'class10', 'dog']:
+        pytest.skip('this file system does not tell them apart')
+    assert names == ['Cat', 'cat', 'class9', 'class10', 'dog']
+
+
+def test_first_images_that_cannot_be_read(folder):
+    dataset = opened(folder)
+    for file in (folder / 'train').rglob('*.*'):
+        file.write_bytes(b'no image')
+    with pytest.raises(UserError, match=r'No image can be read \(.*1.png.*\): repair them.'):
+        check_channels(dataset, 3)
+
+
+def test_modes_that_images_cannot_have(folder):
+    with pytest.raises(UserError, match='--input-img-mode must be one of L, LA, RGB.*, got LAB'):
+        opened(folder, input_img_mode='LAB')
+
+
+def test_class_map_in_another_encoding(folder):
+    (folder / 'classes.txt').write_bytes('caf\xe9\n'.encode('latin-1'))
+    with pytest.raises(UserError, match=r'--class-map \S+classes.txt: .*decode.* Save the file as UTF-8.'):
+        opened(folder, class_map=str(folder / 'classes.txt'))
+
+
 def test_images_outside_class_folders(folder):
     Image.new('RGB', (4, 4)).save(folder / 'train/stray.png')
     with pytest.raises(UserError, match=r'1 images lie directly in .*train \(stray.png\): put each one into the folder'):

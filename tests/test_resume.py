@@ -11,6 +11,8 @@ import timm
 import torch
 
 from conftest import NETAUG, SMALL_RUN, Fork, run_python
+from timm_netaug.cli import run_folder
+from timm_netaug.errors import UserError
 from timm_netaug.io.saver import AtomicSaver
 
 # How many moments to kill at: they are random, so more of them are more thorough.
@@ -161,6 +163,7 @@ def test_resumed_history_of_a_plateau(undisturbed):
     (['--netaug-divisor', 8], 'divisor is 1 there and 8 here'),
     (['--bn-eps', 0.1], 'bn_eps is None there and 0.1 here'),
     (['--opt', 'adamw'], 'was trained with --opt sgd'),
+    (['--eval-metric', 'top5'], 'was trained with --eval-metric top1, which its best checkpoints were chosen by'),
 ])
 def test_changed_model_is_refused_by_name(argv, said, undisturbed, few_digits, tmp_path):
     before = (undisturbed[0] / 'summary.csv').read_text()
@@ -199,6 +202,29 @@ def test_checkpoint_of_timms_own_script_is_refused(few_digits, tmp_path):
     assert done.returncode == 1 and 'Traceback' not in done.stderr and not (tmp_path / 'out').exists()
     assert re.search(r'--resume: \S+last.pth.tar is not a checkpoint of this train.py .*: start from its weights with'
                      r' --initial-checkpoint instead', done.stderr)
+
+
+def test_two_runs_in_one_folder(few_digits, tmp_path, monkeypatch):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    monkeypatch.setattr(run_folder, '_LOADERS_END', 0)
+    handle = os.open(folder, os.O_RDONLY)  # as another run
+    fcntl = pytest.importorskip('fcntl')
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match='Another process trains in .*run: choose another --experiment.'):
+        run_folder._lock(str(folder))
+    os.close(handle)
+    run_folder._lock(str(folder))
+    run_folder._lock(str(folder))  # the next run of the same process
+
+
+def test_resumed_with_the_flags_that_the_run_was_begun_with(undisturbed, few_digits, tmp_path):
+    """Among them the weights that it was begun with, which the checkpoint replaces."""
+    command = ['train.py', '--data-dir', few_digits, *SMALL_RUN, '-b', 60, '-j', 0, '--output', tmp_path,
+               '--experiment', 'run', '--pretrained-path', undisturbed[0] / 'model_best.pth.tar']
+    run_python(*command, '--epochs', 2, '--stop-epoch', 1)
+    run_python(*command, '--epochs', 2, '--resume', tmp_path / 'run/last.pth.tar')
+    assert epochs_done(tmp_path / 'run') == 2
 
 
 def test_changed_flags_are_told(undisturbed, few_digits, tmp_path):

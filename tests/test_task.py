@@ -127,6 +127,13 @@ def unwrapped(task, ema):
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match='augment'):
         NetAugTask(make('netaug_mcunet'))
+    supernet = make_supernet('netaug_mcunet')
+    for wrong, said in ((dict(temperature=0.), 'a temperature above 0'), (dict(seed=-1), 'a seed of at least 0'),
+                        (dict(task_loss_weight=3.), 'needs distill_loss_weight'),
+                        (dict(teacher=supernet), 'the teacher is the model itself')):
+        with pytest.raises(ValueError, match=said):
+            NetAugTask(supernet, verbose=False, **wrong)
+    assert all(p.requires_grad for p in supernet.parameters())
     task = make_task()
     state = task.get_checkpoint_state()
     with pytest.raises(ValueError, match='no super-network.*--initial-checkpoint'):

@@ -232,11 +232,42 @@ def test_metrics_avg(average, run, checkpoint, data, logits):
         assert got[f'{average}_{name}'] == pytest.approx(100 * (weights * values).sum(), abs=1e-3), name
 
 
-def test_overflow_is_valid_json(run, tmp_path, model):
+def test_numbers_that_are_not_finite_have_no_accuracy(run, tmp_path):
     huge = make('netaug_mbv2_tiny')
     with torch.no_grad():
         huge.classifier.weight.fill_(3e38)
-    assert run('--checkpoint', save_run(tmp_path / 'huge.pth.tar', huge))['loss'] is None
+    with pytest.raises(UserError, match='The loss of netaug_mbv2_tiny is nan: the model computes numbers that are not'):
+        run('--checkpoint', save_run(tmp_path / 'huge.pth.tar', huge))
+
+
+def test_class_map_in_another_order_than_the_model(run, checkpoint, tmp_path):
+    same, other = tmp_path / 'same.txt', tmp_path / 'other.txt'
+    names = [str(i) for i in range(10)]
+    same.write_text('\n'.join(names))
+    other.write_text('\n'.join(names[1:] + names[:1]))
+    assert run('--checkpoint', checkpoint, '--class-map', same) == run('--checkpoint', checkpoint)
+    with pytest.raises(UserError, match='--class-map gives the class 1 another label than the model does'):
+        run('--checkpoint', checkpoint, '--class-map', other)
+
+
+def test_exported_folder_determines_its_model(run, checkpoint, tmp_path):
+    folder = tmp_path / 'folder'
+    export_command.main([str(checkpoint), str(folder)])
+    with pytest.raises(UserError, match='--num-classes: the folder .* determines its model. Leave the flag out.'):
+        run('--model', folder, '--num-classes', 9)
+    with pytest.raises(UserError, match='--num-classes 9: the weights of local-dir:.* are for 10 classes'):
+        run('--model', f'local-dir:{folder}', '--num-classes', 9)
+
+
+@pytest.mark.parametrize('flags, said', [
+    (['--num-samples', 3], '--num-samples is for iterable data sets alone'),
+    (['--crop-pct', 95], '--crop-pct must be at least 0.05 and at most 2, got 95'),
+    (['--img-size', 10 ** 6], '--img-size must be at least 1 and at most 8192'),
+    (['--input-img-mode', 'XYZ'], '--input-img-mode must be one of L, LA, RGB'),
+])
+def test_flags_out_of_range(run, checkpoint, flags, said):
+    with pytest.raises(UserError, match=said):
+        run('--checkpoint', checkpoint, *flags)
 
 
 def test_labels_out_of_range_do_not_reach_the_loss():

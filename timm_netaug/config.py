@@ -7,6 +7,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple, Union
 __all__ = ['NetAugConfig', 'NetAugTraining', 'register_defaults', 'split_fields']
 
 _DEFAULTS = dict(width_mults=(1.0, 1.8, 2.6), expand_mults=(1.0, 1.6, 2.2, 2.8))
+_LARGEST_MULT, _LARGEST_DIVISOR = 100, 256  # beyond them, memory ends, or no width is augmented
 _OF_MODELS: Dict[str, Dict[str, Tuple[float, ...]]] = {}  # timm architecture -> its own defaults
 
 
@@ -80,8 +81,10 @@ class NetAugConfig(_Fields):
                 continue
             valid = isinstance(mults, (tuple, list)) and mults and all(_is_number(m) and m >= 1 for m in mults)
             self._check(name, valid, 'must be a non-empty list of numbers of at least 1')
+            self._check(name, max(mults) <= _LARGEST_MULT, f'must have no number above {_LARGEST_MULT}')
             object.__setattr__(self, name, tuple(float(m) for m in mults))
         self._check_whole('divisor')
+        self._check('divisor', self.divisor <= _LARGEST_DIVISOR, f'must be at most {_LARGEST_DIVISOR}')
         stage = self.from_stage
         valid = bool(stage) if isinstance(stage, str) else type(stage) is int and stage >= 0
         self._check('from_stage', valid, 'must be the number of a stage, from 0, or the name of a module')

@@ -11,6 +11,7 @@ from timm.data import create_loader, create_naflex_loader
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils import check_batch_size_retry, decay_batch_step
 from torch.utils._pytree import tree_map
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from .errors import UserError
@@ -133,7 +134,12 @@ def open_split(
         if names and classes and classes != list(names):
             raise UserError('The data set has other classes than the model, or the same classes in another order.')
         return dataset, None
-    if names and classes and classes != list(names) and not source.class_map:
+    if names and classes and source.class_map:
+        moved = [name for i, name in enumerate(classes) if name in names and names[i:i + 1] != [name]]
+        if moved:
+            raise UserError(f'--class-map gives the class {moved[0]} another label than the model does: leave the flag'
+                            f' out, the model knows its classes.')
+    elif names and classes and classes != list(names):
         # A data set with only some of the model's classes would count them from 0, so that its labels would be wrong.
         unknown = sorted(set(classes) - set(names))
         if unknown:
@@ -214,6 +220,8 @@ def evaluate_model(
     dataset, valid = open_split(
         source, split, class_names, num_classes, valid_labels, channels=data_config['input_size'][0],
         num_samples=num_samples, load_bytes=tf_preprocessing, target=target)
+    if num_samples is not None and not isinstance(dataset, IterableDataset):
+        raise UserError('--num-samples is for iterable data sets alone (tfds, wds, hfids): leave it out.')
     encode_targets([dataset], num_classes, target)
     files = [sample[0] for sample in getattr(getattr(dataset, 'reader', None), 'samples', ())]
     if tf_preprocessing and any(isinstance(f, str) and not f.lower().endswith(('.jpg', '.jpeg')) for f in files):

@@ -74,7 +74,11 @@ def _check_reload(model: nn.Module, reloaded: nn.Module, input_size: Sequence[in
     """Check that the model that timm loaded from the folder has the same logits to the last bit."""
     images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        if not torch.equal(model(images), reloaded(images)):
+        logits = model(images)
+        if not logits.isfinite().all():
+            raise UserError('The logits of the model are not finite numbers, so nothing is pushed: use an earlier'
+                            ' checkpoint.')
+        if not torch.equal(logits, reloaded(images)):
             raise UserError('The exported model and the checkpoint have different logits, so nothing is pushed.'
                             ' This is a bug of timm_netaug: please report it.')
 

@@ -144,6 +144,8 @@ class SuperNet(Mixed):
                              f' (`supernet.max_widths`); missing or unknown: {", ".join(wrong[:5])}.')
         for name, full in self.max_widths.items():
             base = self.layout.channels[name].base
+            if widths[name] != int(widths[name]):
+                raise ValueError(f"Width {widths[name]} of '{name}' is not a whole number.")
             if not base <= widths[name] <= full:
                 raise ValueError(f"Width {widths[name]} of '{name}' is not between the tiny model's {base} and the"
                                  f" super-network's {full}.")

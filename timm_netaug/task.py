@@ -112,7 +112,7 @@ class NetAugTask(ClassificationTask):
         training: The fields of `NetAugTraining`: alpha, stop_width_at, sort, distill, batch_fraction, every.
 
     Raises:
-        ValueError: The model has no super-network, or a field of `NetAugTraining` is out of its range.
+        ValueError: The model has no super-network, an argument is out of its range, or the teacher is the model.
     """
 
     def __init__(
@@ -136,6 +136,14 @@ class NetAugTask(ClassificationTask):
         find_supernet(unwrap_model(model))
         self.multi_label = multi_label
         self.training_config = NetAugTraining.from_dict(training)
+        if not temperature > 0 or seed < 0:
+            raise ValueError(f'NetAugTask needs a temperature above 0 and a seed of at least 0, got {temperature} and'
+                             f' {seed}.')
+        if task_loss_weight is not None and task_loss_weight > 1 and distill_loss_weight is None:
+            raise ValueError(f'NetAugTask: task_loss_weight {task_loss_weight} needs distill_loss_weight, which would be'
+                             f' negative otherwise.')
+        if teacher is not None and unwrap_model(teacher) is unwrap_model(model):
+            raise ValueError('NetAugTask: the teacher is the model itself: pass a copy of it, or another model.')
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         if distill_loss_weight is None:
             distill_loss_weight = 1.0 if task_loss_weight is None else 1.0 - task_loss_weight

@@ -25,7 +25,7 @@ import timm_netaug
 
 from ..errors import UserError, check_model_name, rewording
 from ..fetch import local_name
-from ..io.checkpoint import count_classes, read_weights
+from ..io.checkpoint import check_finite, count_classes, read_weights
 from ..load import load_model
 from ..reference import checkpoint_filter_fn
 from .train_flags import loss_of, netaug_config
@@ -62,11 +62,13 @@ def set_up_model(args) -> nn.Module:
         if getattr(args, flag) and not os.path.isfile(getattr(args, flag)):
             raise UserError(f'--{flag.replace("_", "-")}: there is no file {getattr(args, flag)}.')
     if args.initial_checkpoint and not args.initial_checkpoint.lower().endswith(('.npz', '.npy')):
-        read_weights(args.initial_checkpoint)  # reports what is wrong with the file
+        check_finite(read_weights(args.initial_checkpoint), args.initial_checkpoint)  # reports what is wrong with it
     pretrained, overlay = args.pretrained, dict(args.pretrained_cfg_overlay)
     if args.pretrained_path:
         pretrained = True
-        classes = count_classes(read_weights(args.pretrained_path), args.model)
+        weights = read_weights(args.pretrained_path)
+        check_finite(weights, args.pretrained_path)
+        classes = count_classes(weights, args.model)
         overlay.update(file=args.pretrained_path, num_classes=-1 if classes is None else classes)
         if classes is not None and args.num_classes not in (None, classes):
             _logger.info(f'The weights are for {classes} classes, not {args.num_classes}: the classifier is a new one.')

@@ -24,7 +24,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _read_yaml(path: str) -> dict:
-    with rewording(f'Cannot read the config {path}', OSError, yaml.YAMLError, whole=True), \
+    with rewording(f'Cannot read the config {path}', OSError, UnicodeDecodeError, yaml.YAMLError, whole=True), \
             open(path, encoding='utf-8') as f:
         config = yaml.load(f, _UniqueKeys) or {}
     if not isinstance(config, dict):
@@ -95,7 +95,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse
     finder.add_argument('-c', '--config')
     known, rest = finder.parse_known_args(argv)
     from_config = _config_to_argv(parser, known.config) if known.config else []
-    args, unknown = parser.parse_known_args([*from_config, *rest])
+    with rewording('KEY=VALUE is expected, as in momentum=0.9', ValueError):  # timm's ParseKwargs
+        args, unknown = parser.parse_known_args([*from_config, *rest])
     if unknown:
         flags = [s for a in parser._actions for s in a.option_strings]
         near = difflib.get_close_matches(unknown[0].split('=')[0], flags, 1, 0.75)

@@ -34,11 +34,11 @@ TARGETS = (
 
 INPUT = (
     Flag('--gp', 'global pooling', str, metavar='POOL', choices=('', *_POOLS)),
-    Flag('--img-size', 'height and width of the input', int, metavar='N', range='[1, inf]'),
+    Flag('--img-size', 'height and width of the input', int, metavar='N', range='[1, 8192]'),
     Flag('--in-chans', 'channels of the input', int, metavar='N', range='[1, inf]'),
-    Flag('--input-size', 'channels, height and width of the input', int, metavar='N', nargs=3, range='[1, inf]'),
+    Flag('--input-size', 'channels, height and width of the input', int, metavar='N', nargs=3, range='[1, 8192]'),
     Flag('--crop-pct', 'size of the input divided by the size that images are resized to, in evaluation', float,
-         metavar='R', range='(0, inf]'),
+         metavar='R', range='[0.05, 2]'),
     Flag('--mean', 'mean of the pixels, each pixel being from 0 to 1', float, metavar='MEAN', nargs='+',
          range='[0, 1]'),
     Flag('--std', 'standard deviation of the pixels, each pixel being from 0 to 1', float, metavar='STD', nargs='+',

@@ -11,6 +11,7 @@ from timm.layers import apply_test_time_pool
 from ..errors import UserError, rewording
 from ..io.run import RunDescription
 from ..load import LoadedModel, load_model, read_run
+from .flags import flag_name
 
 __all__ = ['load_evaluated_model', 'pool_as_in_training']
 
@@ -25,6 +26,18 @@ def _check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, run:
         if getattr(args, dest) not in (parser.get_default(dest), value):
             raise UserError(f'--{dest.replace("_", "-")}: the checkpoint determines its model, which is'
                             f' {run.architecture} with {run.model_args}. Leave the flag out.')
+
+
+def _check_pretrained(args: argparse.Namespace, loaded: LoadedModel) -> None:
+    """Refuse flags that an exported folder ignores, or that replace the trained classifier by one at random."""
+    given = [dest for dest in ('num_classes', 'in_chans', 'gp', 'model_kwargs') if getattr(args, dest)]
+    if loaded.folder is not None and given:
+        raise UserError(f'{flag_name(given[0])}: the folder {loaded.folder} determines its model. Leave the flag out.')
+    trained = (loaded.model.pretrained_cfg or {}).get('num_classes')
+    if args.pretrained or ':' in args.model:
+        if not args.checkpoint and args.num_classes and trained and args.num_classes != trained:
+            raise UserError(f'--num-classes {args.num_classes}: the weights of {args.model} are for {trained} classes,'
+                            f' so the classifier would have random weights. Leave the flag out.')
 
 
 def load_evaluated_model(args: argparse.Namespace, parser: argparse.ArgumentParser) -> LoadedModel:
@@ -52,6 +65,8 @@ def load_evaluated_model(args: argparse.Namespace, parser: argparse.ArgumentPars
         global_pool=args.gp,
         **args.model_kwargs,
     )
+    if run is None:
+        _check_pretrained(args, loaded)
     if run is not None and run.ema and not args.use_ema:
         _logger.warning('This run validated the moving average of its weights, which --use-ema evaluates.')
     if run is not None and args.test_pool and getattr(loaded.model, 'feature_info', None):

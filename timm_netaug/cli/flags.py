@@ -119,6 +119,8 @@ def in_range(number: float, interval: str) -> bool:
 def range_text(interval: str) -> str:
     """Return an interval in words."""
     low, high, with_low, with_high = _bounds(interval)
+    if math.isinf(low) and math.isinf(high):
+        return 'a finite number'
     lower = f'at least {low:g}' if with_low else f'above {low:g}'
     upper = f'at most {high:g}' if with_high else f'below {high:g}'
     return lower if math.isinf(high) else f'{lower} and {upper}'

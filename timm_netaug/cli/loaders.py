@@ -9,7 +9,7 @@ from timm.utils import is_primary
 from torch.utils.data import IterableDataset
 
 from ..errors import UserError, rewording
-from ..io.data import check_channels, check_split, class_names, encode_targets, open_dataset
+from ..io.data import check_channels, check_split, class_names, encode_targets, labels_of_folder, open_dataset
 from .common_flags import data_source, target_of
 from .flags import flag_name
 
@@ -50,8 +50,15 @@ def open_splits(args, channels: int) -> Splits:
     names, validation_names = class_names(train), class_names(validation)
     if names and validation_names and names != validation_names:
         odd = sorted(set(names) ^ set(validation_names))
+        if not odd:
+            raise UserError(f'The two splits have the same classes in another order: {names[:5]} in {args.train_split},'
+                            f' and {validation_names[:5]} in {args.val_split}. Give both the same order.')
         raise UserError(f'The two splits have different classes ({", ".join(odd[:5])}), so their labels would not'
                         f' agree: correct the folders, or give the classes with --class-map.')
+    unseen = labels_of_folder(validation) - labels_of_folder(train)
+    if names and unseen:
+        raise UserError(f'The class {names[min(unseen)]} has images in {args.val_split} and none in'
+                        f' {args.train_split}: it would never be learned.')
     if names:
         _check_number_of_classes(args, names)
     elif args.num_classes is None and args.task == 'multilabel':

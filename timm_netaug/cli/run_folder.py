@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
@@ -31,7 +32,15 @@ from .device import restarts
 
 __all__ = ['check_resume', 'find_restart', 'set_up_saver', 'versions', 'GROUP_FIELDS_SET_BY_FLAGS']
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 _logger = logging.getLogger('train')
+
+_locked: List[int] = []  # handle of the folder of the present run
+_LOADERS_END = 10  # seconds after which the loader processes of a killed run, which share its lock, have ended
 
 # Fields of an optimizer's parameter groups that flags set. Other fields may be counters.
 GROUP_FIELDS_SET_BY_FLAGS = ('lr', 'weight_decay', 'momentum', 'betas', 'eps', 'lr_scale')
@@ -102,6 +111,9 @@ def check_resume(args, parser, run: RunDescription) -> List[Optional[float]]:
     if saved.opt != args.opt and not args.no_resume_opt:
         raise UserError(f'--resume: {args.resume} was trained with --opt {saved.opt}: use the same optimizer, or start'
                         f' with a new one and --no-resume-opt.')
+    if saved.eval_metric != args.eval_metric:
+        raise UserError(f'--resume: {args.resume} was trained with --eval-metric {saved.eval_metric}, which its best'
+                        f' checkpoints were chosen by: use the same metric.')
     then, now = there.versions, run.versions
     changed = [f'{k} {then[k]}, not {now.get(k)}' for k in then if then[k] != now.get(k)]
     if is_primary(args) and changed:
@@ -151,9 +163,10 @@ def _set_up_folder(args, name: str, start_epoch: int) -> Tuple[str, bool]:
         The folder, and whether the resumed checkpoint lies in it.
 
     Raises:
-        UserError: The run would overwrite another run, or later epochs of itself.
+        UserError: The run would overwrite another run, or later epochs of itself, or another process writes there.
     """
     folder = get_outdir(args.output or os.path.join('output', 'train'), name)
+    _lock(folder)
     summary, last = os.path.join(folder, 'summary.csv'), os.path.join(folder, 'last.pth.tar')
     if args.resume and os.path.samefile(os.path.dirname(os.path.abspath(args.resume)), folder):
         if os.path.exists(last) and read_checkpoint(last)['epoch'] >= start_epoch:
@@ -175,6 +188,32 @@ def _set_up_folder(args, name: str, start_epoch: int) -> Tuple[str, bool]:
     if args.resume:
         _logger.warning(f'{folder} is not the folder of {args.resume}: best metric and summary start anew.')
     return folder, False
+
+
+def _lock(folder: str) -> None:
+    """Keep other processes from training in a folder until this process ends. Nothing where the system has no flock.
+
+    Raises:
+        UserError: Another process trains in the folder.
+    """
+    if fcntl is None:
+        return
+    while _locked:  # by an earlier run of this process
+        os.close(_locked.pop())
+    handle = os.open(folder, os.O_RDONLY)
+    end = time.monotonic() + _LOADERS_END
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > end:
+                os.close(handle)
+                raise UserError(f'Another process trains in {folder}: choose another --experiment.') from None
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            break
+    _locked.append(handle)
 
 
 def _write_provenance(args, parser, output_dir: str) -> None:

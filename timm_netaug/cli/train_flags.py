@@ -72,8 +72,9 @@ TRAIN_FLAGS = (
         Flag('--grad-accum-steps', 'number of batches whose gradients are summed for one optimizer step', int, 1, 'N',
              range='[1, inf]'),
         Flag('--grad-checkpointing', 'compute activations again in the backward pass, to save memory'),
-        Flag('--head-init-scale', "factor on the classifier's initial weights", float, metavar='S'),
-        Flag('--head-init-bias', "initial value of the classifier's bias", float, metavar='B'),
+        Flag('--head-init-scale', "factor on the classifier's initial weights", float, metavar='S',
+             range='(-inf, inf)'),
+        Flag('--head-init-bias', "initial value of the classifier's bias", float, metavar='B', range='[-1000, 1000]'),
         Flag('--num-classes', 'number of classes; without the flag, a new classifier has as many classes as the data'
              ' set', int, metavar='N', range='[1, inf]'),
         *INPUT,
@@ -87,15 +88,15 @@ TRAIN_FLAGS = (
     )),
     Group('Optimizer', (
         Flag('--opt', 'name of the optimizer (sgd uses Nesterov momentum)', str, 'sgd', 'NAME'),
-        Flag('--opt-eps', "the optimizer's epsilon", float, metavar='EPS'),
-        Flag('--opt-betas', "the optimizer's betas", float, metavar='BETA', nargs='+'),
+        Flag('--opt-eps', "the optimizer's epsilon", float, metavar='EPS', range='[0, 1]'),
+        Flag('--opt-betas', "the optimizer's betas", float, metavar='BETA', nargs='+', range='[0, 1)'),
         Flag('--momentum', 'momentum', float, 0.9, 'M', range='[0, 1)'),
-        Flag('--weight-decay', 'weight decay; biases and norm layers have none', float, 2e-5, 'WD'),
-        Flag('--clip-grad', 'limit that gradients are clipped to', float, metavar='NORM', range='[0, inf]'),
+        Flag('--weight-decay', 'weight decay; biases and norm layers have none', float, 2e-5, 'WD', range='[0, inf)'),
+        Flag('--clip-grad', 'limit that gradients are clipped to', float, metavar='NORM', range='[0, inf)'),
         Flag('--clip-mode', 'how gradients are clipped', str, 'norm', 'MODE', choices=('norm', 'value', 'agc')),
         Flag('--layer-decay', 'factor on the learning rate from each layer to the layer before it', float,
-             metavar='R'),
-        Flag('--layer-decay-min-scale', 'lower limit of the factor of --layer-decay', float, 0, 'S'),
+             metavar='R', range='(0, 10]'),
+        Flag('--layer-decay-min-scale', 'lower limit of the factor of --layer-decay', float, 0, 'S', range='[0, 1]'),
         Flag('--layer-decay-no-opt-scale', 'freeze layers whose factor of --layer-decay is below this one', float,
              metavar='S'),
         Flag('--opt-kwargs', "further arguments of the optimizer's constructor", ParseKwargs, {}, 'KEY=VALUE',
@@ -104,35 +105,39 @@ TRAIN_FLAGS = (
     Group('Learning rate', (
         Flag('--sched', 'name of the schedule', str, 'cosine', 'NAME'),
         Flag('--sched-on-updates', 'change the learning rate at every update instead of every epoch'),
-        Flag('--lr', 'learning rate; it overrides --lr-base', float, metavar='LR'),
-        Flag('--lr-base', 'learning rate for updates of --lr-base-size images', float, 0.1, 'LR'),
-        Flag('--lr-base-size', 'number of images in an update that --lr-base is for', int, 256, 'N'),
+        Flag('--lr', 'learning rate; it overrides --lr-base', float, metavar='LR', range='[0, inf)'),
+        Flag('--lr-base', 'learning rate for updates of --lr-base-size images', float, 0.1, 'LR', range='[0, inf)'),
+        Flag('--lr-base-size', 'number of images in an update that --lr-base is for', int, 256, 'N', range='[1, inf]'),
         Flag('--lr-base-scale', 'how the learning rate follows the number of images in an update; without the flag, the'
              ' optimizer decides', str, '', 'NAME', choices=('linear', 'sqrt')),
         Flag('--lr-noise', 'shares of the schedule between which noise is added to the learning rate', float,
-             metavar='R', nargs='+'),
-        Flag('--lr-noise-pct', 'limit of the noise', float, 0.67, 'R'),
-        Flag('--lr-noise-std', 'standard deviation of the noise', float, 1.0, 'STD'),
-        Flag('--lr-cycle-mul', 'factor on the length of a cycle from one cycle to the next', float, 1.0, 'M'),
-        Flag('--lr-cycle-decay', 'factor on the learning rate from one cycle to the next', float, 0.5, 'R'),
-        Flag('--lr-cycle-limit', 'number of cycles', int, 1, 'N'),
-        Flag('--lr-k-decay', 'exponent k of the k-decay of cosine and poly schedules', float, 1.0, 'K'),
-        Flag('--warmup-lr', 'learning rate that warm-up starts from', float, 1e-5, 'LR'),
-        Flag('--min-lr', 'lower limit of the learning rate', float, 0, 'LR'),
+             metavar='R', nargs='+', range='[0, inf)'),
+        Flag('--lr-noise-pct', 'limit of the noise', float, 0.67, 'R', range='(0, inf)'),
+        Flag('--lr-noise-std', 'standard deviation of the noise', float, 1.0, 'STD', range='[0, 1000]'),
+        Flag('--lr-cycle-mul', 'factor on the length of a cycle from one cycle to the next', float, 1.0, 'M',
+             range='(0, inf)'),
+        Flag('--lr-cycle-decay', 'factor on the learning rate from one cycle to the next', float, 0.5, 'R',
+             range='[0, inf)'),
+        Flag('--lr-cycle-limit', 'number of cycles', int, 1, 'N', range='[1, inf]'),
+        Flag('--lr-k-decay', 'exponent k of the k-decay of cosine and poly schedules', float, 1.0, 'K',
+             range='(0, 100]'),
+        Flag('--warmup-lr', 'learning rate that warm-up starts from', float, 1e-5, 'LR', range='[0, inf)'),
+        Flag('--min-lr', 'lower limit of the learning rate', float, 0, 'LR', range='[0, inf)'),
         Flag('--epochs', 'number of epochs of the schedule', int, 300, 'N', range='[1, inf]'),
         Flag('--stop-epoch', 'end the training before this epoch, although the schedule is longer', int, metavar='N',
              range='[1, inf]', free=True),
-        Flag('--epoch-repeats', 'number of times that the data are repeated within an epoch', float, 0.0, 'N'),
+        Flag('--epoch-repeats', 'number of times that the data are repeated within an epoch', float, 0.0, 'N',
+             range='[0, inf)'),
         Flag('--start-epoch', 'epoch to start at', int, metavar='N', range='[0, inf]'),
         Flag('--decay-milestones', 'epochs at which the multistep schedule lowers the learning rate', int,
              [90, 180, 270], 'N', nargs='+'),
-        Flag('--decay-epochs', 'number of epochs from one decay to the next', float, 90, 'N'),
+        Flag('--decay-epochs', 'number of epochs from one decay to the next', float, 90, 'N', range='(0, inf)'),
         Flag('--warmup-epochs', 'number of epochs of warm-up', int, 5, 'N', range='[0, inf]'),
         Flag('--warmup-prefix', 'put the warm-up before the schedule instead of into it'),
-        Flag('--cooldown-epochs', 'number of epochs at --min-lr after the schedule', int, 0, 'N'),
+        Flag('--cooldown-epochs', 'number of epochs at --min-lr after the schedule', int, 0, 'N', range='[0, inf]'),
         Flag('--patience-epochs', 'epochs without progress before the plateau schedule lowers the learning rate', int,
-             10, 'N'),
-        Flag('--decay-rate --dr', 'factor on the learning rate at a decay', float, 0.1, 'R'),
+             10, 'N', range='[0, inf]'),
+        Flag('--decay-rate --dr', 'factor on the learning rate at a decay', float, 0.1, 'R', range='[0, inf)'),
     )),
     Group('Loss', (
         Flag('--loss', 'loss function; without the flag, ce for one class and bce for multi-label images', str,
@@ -144,9 +149,10 @@ TRAIN_FLAGS = (
         Flag('--bce-sum', 'sum the binary cross-entropy over the classes instead of averaging it'),
         Flag('--bce-target-thresh', 'probability above which a soft target of binary cross-entropy becomes 1', float,
              metavar='T', range='[0, 1]'),
-        Flag('--bce-pos-weight', 'weight of positive targets in binary cross-entropy', float, metavar='W'),
+        Flag('--bce-pos-weight', 'weight of positive targets in binary cross-entropy', float, metavar='W',
+             range='(0, inf)'),
         Flag('--poly-epsilon', 'coefficient of the first polynomial term of the poly loss; 0 is cross-entropy', float,
-             2.0, 'EPS'),
+             2.0, 'EPS', range='(-inf, inf)'),
         Flag('--poly-gamma', 'exponent of the focal term of the multi-label poly loss; 0 switches the term off', float,
              0.0, 'G', range='[0, inf]'),
         Flag('--class-stats', 'JSON file with the number of samples (num_samples) and of positive samples of each class'
@@ -164,33 +170,36 @@ TRAIN_FLAGS = (
         Flag('--train-crop-mode', 'how training images are cropped', str, metavar='MODE',
              choices=('rrc', 'rkrc', 'rkrr')),
         Flag('--scale', 'smallest and largest area of the random crop, as shares of the image', float, [0.08, 1.0], 'R',
-             nargs='+'),
-        Flag('--ratio', 'smallest and largest aspect ratio of the random crop', float, [3 / 4, 4 / 3], 'R', nargs='+'),
+             nargs='+', range='(0, 1]'),
+        Flag('--ratio', 'smallest and largest aspect ratio of the random crop', float, [3 / 4, 4 / 3], 'R', nargs='+',
+             range='(0, inf)'),
         Flag('--hflip', 'probability of a horizontal flip', float, 0.5, 'P', range='[0, 1]'),
         Flag('--vflip', 'probability of a vertical flip', float, 0.0, 'P', range='[0, 1]'),
-        Flag('--color-jitter', 'strength of the colour jitter', float, 0.4, 'F'),
+        Flag('--color-jitter', 'strength of the colour jitter', float, 0.4, 'F', range='[0, 100]'),
         Flag('--color-jitter-prob', 'probability of the colour jitter', float, metavar='P', range='[0, 1]'),
         Flag('--grayscale-prob', 'probability of a conversion to grey', float, metavar='P', range='[0, 1]'),
         Flag('--gaussian-blur-prob', 'probability of a blur', float, metavar='P', range='[0, 1]'),
         Flag('--aa', 'AutoAugment policy, such as rand-m9-mstd0.5', str, metavar='NAME'),
         Flag('--aug-repeats', 'number of augmented copies of an image in an epoch, with several processes', float, 0,
-             'N'),
-        Flag('--aug-splits', 'number of parts of a batch, each augmented in another way; 0 is off', int, 0, 'N'),
+             'N', range='[0, 1000]'),
+        Flag('--aug-splits', 'number of parts of a batch, each augmented in another way; 0 is off', int, 0, 'N',
+             range='[0, 100]'),
         Flag('--reprob', 'probability that a region of an image is erased', float, 0.0, 'P', range='[0, 1]'),
         Flag('--remode', 'what an erased region is filled with', str, 'pixel', 'MODE',
              choices=('pixel', 'const', 'rand')),
-        Flag('--recount', 'number of regions that are erased', int, 1, 'N'),
+        Flag('--recount', 'number of regions that are erased', int, 1, 'N', range='[1, 1000]'),
         Flag('--resplit', 'erase nothing in the first augmentation split'),
         Flag('--mixup', 'alpha of mixup; 0 is off', float, 0.0, 'A', range='[0, inf]'),
         Flag('--cutmix', 'alpha of cutmix; 0 is off', float, 0.0, 'A', range='[0, inf]'),
         Flag('--cutmix-minmax', 'smallest and largest share of the area for cutmix, instead of alpha', float,
-             metavar='R', nargs='+'),
+             metavar='R', nargs='+', range='[0, 1]'),
         Flag('--mixup-prob', 'probability that a batch is mixed, by mixup or cutmix', float, 1.0, 'P', range='[0, 1]'),
         Flag('--mixup-switch-prob', 'probability of cutmix, where both mixup and cutmix are on', float, 0.5, 'P',
              range='[0, 1]'),
         Flag('--mixup-mode', 'what is mixed with one ratio', str, 'batch', 'MODE',
              choices=('batch', 'pair', 'elem', 'half')),
-        Flag('--mixup-off-epoch', 'epoch from which on nothing is mixed; 0 mixes in all epochs', int, 0, 'N'),
+        Flag('--mixup-off-epoch', 'epoch from which on nothing is mixed; 0 mixes in all epochs', int, 0, 'N',
+             range='[0, inf]'),
         Flag('--train-interpolation', 'how training images are resized', str, 'random', 'NAME',
              choices=('', 'random', *INTERPOLATIONS)),
         Flag('--drop', 'dropout probability', float, 0.0, 'P', range='[0, 1)'),
@@ -201,7 +210,7 @@ TRAIN_FLAGS = (
     )),
     Group('BatchNorm', (
         Flag('--bn-momentum', 'momentum of the running statistics', float, metavar='M', range='[0, 1]'),
-        Flag('--bn-eps', 'epsilon of BatchNorm', float, metavar='EPS'),
+        Flag('--bn-eps', 'epsilon of BatchNorm', float, metavar='EPS', range='(0, 1]'),
         Flag('--sync-bn', 'compute batch statistics over all processes',
              excludes={'--split-bn': 'the split norms would be lost'}),
         Flag('--dist-bn', 'what happens to the running statistics of several processes after an epoch', str, 'reduce',
@@ -218,7 +227,7 @@ TRAIN_FLAGS = (
              needs='--model-ema'),
     )),
     Group('Miscellaneous', (
-        Flag('--seed', 'seed of all random numbers', int, 42, 'N', range='[0, inf]'),
+        Flag('--seed', 'seed of all random numbers', int, 42, 'N', range='[0, 4000000000]'),
         Flag('--worker-seeding', 'which random generators of the loader processes are seeded', str, 'all', 'MODE',
              choices=('all', 'part')),
         Flag('--log-interval', 'number of batches between two log lines', int, 50, 'N', range='[1, inf]', free=True),
@@ -228,7 +237,7 @@ TRAIN_FLAGS = (
         Flag('--checkpoint-hist', 'number of the best checkpoints to keep', int, 10, 'N', range='[1, inf]', free=True),
         Flag('--save-epochs', 'keep the checkpoint after these numbers of epochs, as milestone-N', int, metavar='N',
              nargs='+', range='[1, inf]', free=True),
-        Flag('-j --workers', 'number of loader processes', int, 4, 'N', range='[0, inf]'),
+        Flag('-j --workers', 'number of loader processes', int, 4, 'N', range='[0, 1024]'),
         Flag('--save-images', 'save a batch of training images with every log line', free=True),
         Flag('--output', 'folder for the folders of runs (default: output/train)', str, '', 'DIR', free=True),
         Flag('--experiment', "name of this run's folder", str, '', 'NAME', free=True),
@@ -247,11 +256,11 @@ TRAIN_FLAGS = (
         Flag('--train-batch-sizes', 'batch size for each of the input sizes', int, metavar='N', nargs='+',
              range='[1, inf]', needs='--train-img-sizes'),
         Flag('--train-size-probs', 'probability of each of the input sizes', float, metavar='P', nargs='+',
-             needs='--train-img-sizes'),
+             needs='--train-img-sizes', range='[0, inf)'),
         Flag('--train-size-schedule', 'whether the choice moves from small to large sizes', str, 'constant', 'NAME',
              choices=('constant', 'progressive'), needs='--train-img-sizes'),
         Flag('--train-size-schedule-spread', 'standard deviation of the progressive schedule', float, 0.65, 'STD',
-             needs='--train-img-sizes'),
+             needs='--train-img-sizes', range='(0, inf)'),
         Flag('--train-size-random-mix', 'share of sizes that are chosen uniformly', float, 0.1, 'R', range='[0, 1]',
              needs='--train-img-sizes'),
         Flag('--train-batches-per-epoch --train-steps-per-epoch', 'number of batches in an epoch', int, metavar='N',
@@ -282,7 +291,7 @@ TRAIN_FLAGS = (
              needs='--kd-model-name'),
         Flag('--task-loss-weight', 'weight of the loss against the labels; without --distill-loss-weight, the other'
              ' weight is 1 minus this one', float, metavar='W', range='[0, inf]', needs='--kd-model-name'),
-        Flag('--kd-temperature', 'temperature that softens the classes', float, 4.0, 'T', range='(0, inf]',
+        Flag('--kd-temperature', 'temperature that softens the classes', float, 4.0, 'T', range='(0, inf)',
              needs='--kd-model-name --netaug-distill'),
         Flag('--kd-student-feature-dim', "number of the student's features; without the flag, train.py finds it out",
              int, metavar='N'),
@@ -338,9 +347,8 @@ def check_train_args(args: argparse.Namespace) -> None:
         raise UserError('--local_rank is set by old launchers: start the processes with torchrun.')
     if not args.data_dir and not args.dataset:
         raise UserError('No data set given: name its folder with --data-dir.')
-    resumed = '' if args.resume == 'auto' else args.resume  # which may begin anew
-    if sum(map(bool, (args.pretrained_path, args.initial_checkpoint, resumed))) > 1:
-        raise UserError('Give only one of --pretrained-path, --initial-checkpoint and --resume.')
+    if args.pretrained_path and args.initial_checkpoint:  # beside --resume, they are what the run was begun with
+        raise UserError('Give only one of --pretrained-path and --initial-checkpoint.')
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto needs --experiment: the name of the folder that it looks for a checkpoint in.')
 
@@ -427,6 +435,12 @@ def _check_augmentation(args: argparse.Namespace) -> None:
     for dest in _PAIRS:
         if getattr(args, dest) is not None and len(getattr(args, dest)) != 2:
             raise UserError(f'{flag_name(dest)} takes two numbers, got {len(getattr(args, dest))}.')
+    for dest in ('ratio', 'cutmix_minmax'):
+        if getattr(args, dest) is not None and getattr(args, dest)[0] > getattr(args, dest)[1]:
+            raise UserError(f'{flag_name(dest)} takes the smaller number first, got'
+                            f' {" ".join(f"{v:g}" for v in getattr(args, dest))}.')
+    if args.cutmix_minmax is not None and args.cutmix_minmax[0] == args.cutmix_minmax[1]:
+        raise UserError('--cutmix-minmax takes two different numbers.')
     mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
     if mixed and any(size % 2 for size in args.train_batch_sizes or [args.batch_size]):
         raise UserError('--mixup and --cutmix need an even --batch-size.')

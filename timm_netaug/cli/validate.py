@@ -138,6 +138,9 @@ def validate_one(args: argparse.Namespace, parser: argparse.ArgumentParser, retr
             raise
         raise UserError(f'The compiled model does not run: {first_line(e)}.') from e
     loss, images = measured.pop('loss'), measured.pop('images')
+    if not math.isfinite(loss):
+        raise UserError(f'The loss of {subject.name} is {loss}: the model computes numbers that are not finite, so its'
+                        f' accuracy means nothing. Use an earlier checkpoint, or leave --model-dtype and --amp out.')
     accuracies = {}  # for one class per image, in timm's columns
     for name in ('top1', 'top5'):
         if name in measured:
@@ -152,7 +155,7 @@ def validate_one(args: argparse.Namespace, parser: argparse.ArgumentParser, retr
         crop_pct=data_config['crop_pct'],
         interpolation=data_config['interpolation'],
         **(dict(checkpoint=args.checkpoint) if args.checkpoint else {}),
-        loss=round(loss, 5) if math.isfinite(loss) else None,  # JSON has no NaN and no infinity
+        loss=round(loss, 5),
         images=images,
     )
 

@@ -90,6 +90,8 @@ def validate() -> None:
         path = getattr(args, dest)
         if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise UserError(f'--{dest.replace("_", "-")} {path}: there is no such folder.')
+        if path and os.path.isdir(path):
+            raise UserError(f'--{dest.replace("_", "-")} {path} is a folder: name a file in it.')
     if args.pictures:
         check_picture(args.pictures)
     check_metric()

@@ -40,12 +40,12 @@ VALIDATE_FLAGS = (
         *INPUT,
         Flag('--use-train-size', "use the input size of the model's training instead of that of its evaluation"),
         Flag('--crop-mode', 'how images are cropped', str, metavar='MODE', choices=('squash', 'border', 'center')),
-        Flag('--crop-border-pixels', 'number of pixels to crop on each side', int, metavar='N'),
+        Flag('--crop-border-pixels', 'number of pixels to crop on each side', int, metavar='N', range='[0, inf]'),
         Flag('--tf-preprocessing', 'prepare images as TensorFlow does; needs tensorflow', excludes=_not_with(
             '--no-prefetcher', '--crop-pct', '--crop-mode', '--crop-border-pixels')),
     )),
     Group('Device and precision', (
-        Flag('-j --workers', 'number of loader processes', int, 4, 'N', range='[0, inf]'),
+        Flag('-j --workers', 'number of loader processes', int, 4, 'N', range='[0, 1024]'),
         Flag('-b --batch-size', 'images in a batch', int, 256, 'N', range='[1, inf]'),
         Flag('--num-gpu', 'number of GPUs that share each batch', int, 1, 'N', range='[1, inf]'),
         Flag('--aot-autograd', 'fuse the model with AOT Autograd'),
@@ -62,7 +62,7 @@ VALIDATE_FLAGS = (
         Flag('--valid-labels', "text file with the model's class for each class of the data set, one number on a line",
              str, '', 'FILE'),
         Flag('--retry', 'use smaller batches where memory is short'),
-        Flag('--seed', 'seed of all random numbers', int, 42, 'N', range='[0, inf]'),
+        Flag('--seed', 'seed of all random numbers', int, 42, 'N', range='[0, 4000000000]'),
         Flag('--metrics-avg', 'compute precision, recall and F1, averaged in this way; needs scikit-learn', str,
              metavar='NAME', choices=('micro', 'macro', 'weighted')),
         Flag('--naflex-loader', 'keep the aspect ratio of images, for NaFlex models', excludes=_not_with(

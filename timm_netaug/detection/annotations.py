@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 import torch
 from PIL import Image
 
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, rewording
 from .fcos import Fcos
 
 __all__ = ['AnnotatedImage', 'Split', 'find_classes', 'read_class_map', 'read_split', 'size_notes']
@@ -87,6 +87,8 @@ def _read_xml(file: str, image: str) -> AnnotatedImage:
         root = ElementTree.parse(file).getroot()
     except (ElementTree.ParseError, OSError) as e:
         raise UserError(f'{file} cannot be read as Pascal VOC XML ({first_line(e)}): mend it.') from e
+    if root.tag != 'annotation':
+        raise UserError(f'{file} is not Pascal VOC XML: its root is <{root.tag}>, not <annotation>. Convert it.')
     boxes, classes, difficult = [], [], []
     for item in root.iter('object'):
         name = (item.findtext('name') or '').strip()
@@ -96,8 +98,13 @@ def _read_xml(file: str, image: str) -> AnnotatedImage:
         boxes.append([_number(box, tag, file) for tag in ('xmin', 'ymin', 'xmax', 'ymax')])
         classes.append(name)
         difficult.append((item.findtext('difficult') or '0').strip() == '1')
+    size = _image_size(image)
+    told = tuple((root.findtext(f'size/{side}') or '').strip() for side in ('height', 'width'))
+    if all(side not in ('', '0') for side in told) and told != tuple(map(str, size)):
+        raise UserError(f'{image} has {size[0]} x {size[1]} pixels, and {file} says {told[0]} x {told[1]}: mend the'
+                        f' annotation.')
     return AnnotatedImage(
-        image, _image_size(image), torch.tensor(boxes).reshape(-1, 4), tuple(classes),
+        image, size, torch.tensor(boxes).reshape(-1, 4), tuple(classes),
         torch.tensor(difficult, dtype=torch.bool), torch.ones(len(boxes), dtype=torch.bool))
 
 
@@ -107,7 +114,9 @@ def _read_voc(root: Path, name: str) -> Split:
     files = {Path(file).stem: file for file in sorted(os.listdir(root / 'JPEGImages'))
              if file.lower().endswith(_EXTENSIONS)}
     wanted = []
-    for line in filter(None, map(str.strip, listed.read_text(encoding='utf-8').splitlines())):
+    with rewording(str(listed), UnicodeDecodeError, hint='Save the file as UTF-8.'):
+        lines = listed.read_text(encoding='utf-8-sig').splitlines()
+    for line in filter(None, map(str.strip, lines)):
         *image, mark = line.rsplit(None, 1)  # the lists of one class mark each image, and names may have spaces
         if line in files or not image or mark not in ('1', '0', '-1'):
             wanted.append(line)
@@ -147,14 +156,26 @@ def _image_folder(root: Path, file: Path, name: str, first: str) -> Path:
     return found
 
 
+def _id(annotation: Mapping[str, Any], key: str) -> Any:
+    value = annotation.get(key)
+    return value if isinstance(value, (int, str)) else None  # a list cannot be looked up
+
+
 def _read_coco(root: Path, file: Path, name: str) -> Split:
     try:
         data = json.loads(file.read_text(encoding='utf-8'))
         images = {entry['id']: entry for entry in data['images']}
         categories = {entry['id']: str(entry['name']) for entry in data['categories']}
         annotations = data.get('annotations', [])
-        if not isinstance(annotations, list):
-            raise ValueError('its annotations are no list')
+        if not isinstance(annotations, list) or not all(isinstance(a, dict) for a in annotations):
+            raise ValueError('its annotations are no list of objects')
+        for key, unique in (('images', images), ('categories', categories)):
+            if len(unique) < len(data[key]):
+                raise ValueError(f'two of its {key} have one id')
+        twice = [name for name, count in Counter(categories.values()).items() if count > 1]
+        if twice:
+            raise ValueError(f'two of its categories have the name {twice[0]}')
+        sorted(categories)
     except (ValueError, KeyError, TypeError, OSError) as e:
         told = f'it has no {e}' if isinstance(e, KeyError) else first_line(e)
         raise UserError(f'{file} cannot be read as COCO JSON ({told}): mend it.') from e
@@ -171,14 +192,14 @@ def _read_coco(root: Path, file: Path, name: str) -> Split:
                         f' them.')
     of_images: Dict[Any, List[Mapping[str, Any]]] = {key: [] for key in images}
     for a in annotations:
-        if a.get('category_id') not in categories:
+        if _id(a, 'category_id') not in categories:
             raise UserError(f'{file} has an annotation (id {a.get("id")}) of the category {a.get("category_id")!r}, and'
                             f' its categories are {_some(map(str, categories), 5)}: mend the file.')
-        if a.get('image_id') not in images:
+        if _id(a, 'image_id') not in images:
             raise UserError(f'{file} has an annotation (id {a.get("id")}) of the image {a.get("image_id")!r}, which it'
                             f' does not list: mend the file.')
         if not isinstance(a.get('bbox'), list) or len(a['bbox']) != 4 or not all(
-                isinstance(v, (int, float)) for v in a['bbox']):
+                isinstance(v, float) or isinstance(v, int) and abs(v) < 1e9 for v in a['bbox']):
             raise UserError(f'{file} has an annotation (id {a.get("id")}) whose bbox is {a.get("bbox")!r}, not four'
                             f' numbers: mend the file.')
         of_images[a['image_id']].append(a)
@@ -247,6 +268,9 @@ def read_split(data_dir: str, name: str) -> Split:
     if not images:
         raise UserError(f'The split {name} of {data_dir} is empty: it lists no images.')
     cleaned, notes = _clean(images, name)
+    twice = [Path(file).stem for file, count in Counter(image.file for image in images).items() if count > 1]
+    if twice:
+        notes.append(f'{name}: {len(twice):,} images are listed more than once ({_some(twice)}).')
     return Split(name, cleaned, declared, notes)
 
 
@@ -294,7 +318,8 @@ def find_classes(train: Split, val: Optional[Split] = None, class_names: Optiona
     Raises:
         UserError: A split has a class that is not among them, or that is only in validation.
     """
-    counts = Counter(c for image in train.images for c in image.classes)
+    counts = Counter(c for image in train.images for c, trained in zip(image.classes, image.trained.tolist())
+                     if trained or val is None)
     names = list(class_names or train.declared or sorted(counts))
     if not names or not sum(counts.values()):
         raise UserError(f'The split {train.name} has no boxes at all: there is nothing to learn or to find in it.')

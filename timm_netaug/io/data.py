@@ -5,12 +5,11 @@ import logging
 import os
 import tempfile
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Union
 
 import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, MultiLabelTarget, create_dataset
-from timm.data.readers import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import IterableDataset
 
@@ -18,7 +17,8 @@ from ..errors import UserError, rewording
 from .image_folder import label_by_class_folder
 from .label_table import LabelTable
 
-__all__ = ['DataSource', 'class_names', 'check_channels', 'check_split', 'encode_targets', 'open_dataset', 'watched']
+__all__ = ['DataSource', 'class_names', 'check_channels', 'check_split', 'encode_targets', 'labels_of_folder',
+           'open_dataset', 'watched']
 
 _logger = logging.getLogger(__name__)
 logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)  # it would warn of the same image in every epoch
@@ -28,6 +28,7 @@ _PACKAGES = {  # type of data set -> modules that it needs, and the names of the
     'tfds': (('tensorflow', 'tensorflow'), ('tensorflow_datasets', 'tensorflow-datasets')),
     'wds': (('webdataset', 'webdataset'),),
 }
+_MODES = ('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV')  # of Pillow, with 8 bits in a channel
 _SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
 
@@ -151,8 +152,12 @@ def watched(loader: Any) -> Iterator[Any]:
     except RuntimeError as e:  # from a worker process, which has written the names of the images to the file
         check()
         if 'images in a row cannot be read' in str(e):
-            raise UserError(f'No image can be read ({", ".join(sorted(dataset.unreadable)[:5])}): repair them.') from e
+            raise _no_image(dataset) from e
         raise
+
+
+def _no_image(dataset: Any) -> UserError:
+    return UserError(f'No image can be read ({", ".join(sorted(dataset.unreadable)[:5])}): repair them.')
 
 
 def class_names(dataset: Any) -> Optional[List[str]]:
@@ -168,6 +173,12 @@ def class_names(dataset: Any) -> Optional[List[str]]:
         raise UserError(f'The labels of the classes must be 0 to {len(names) - 1}, they are {sorted(names)[:5]} and so'
                         f' on: correct the --class-map.')
     return [names[label] for label in sorted(names)]
+
+
+def labels_of_folder(dataset: Any) -> Set[int]:
+    """Return the labels that images in folders of classes have, none for data sets of other kinds."""
+    reader = getattr(dataset, 'reader', None)
+    return {label for _, label in reader.samples} if type(reader) is ReaderImageFolder else set()
 
 
 def _mode(channels: int) -> str:
@@ -200,6 +211,8 @@ def open_dataset(source: DataSource, split: str, channels: int, target: str = 'c
             cannot be opened.
     """
     name, root = source.dataset, source.data_dir
+    if source.input_img_mode not in (None, '', *_MODES):
+        raise UserError(f'--input-img-mode must be one of {", ".join(_MODES)}, got {source.input_img_mode}.')
     if '/' in name and name.split('/')[0].lower() not in _PREFIXES:
         raise UserError(f'--dataset {name}: timm knows the types {", ".join(_PREFIXES)}, as in torch/cifar10.')
     if root and not name and not (os.path.isdir(root) or os.path.isfile(root) and root.endswith('.tar')):
@@ -245,15 +258,23 @@ def check_channels(dataset: Any, channels: int) -> None:
         dataset: Data set with the transform of evaluation, which draws no random numbers.
 
     Raises:
-        UserError: The numbers differ.
+        UserError: The numbers differ, or no image can be read.
     """
     if isinstance(dataset, IterableDataset) or not len(dataset):
         return
-    shape = getattr(dataset[0][0], 'shape', ())
+    try:
+        image = dataset[0][0]
+    except RuntimeError as e:
+        if not hasattr(dataset, 'unreadable') or 'images in a row' not in str(e):
+            raise
+        dataset.check()
+        raise _no_image(dataset) from e
+    shape = getattr(image, 'shape', ())
     found = shape[0] if len(shape) == 3 else 1
     if len(shape) in (2, 3) and found != channels:
         raise UserError(f'The images have {found} channel{"s" * (found > 1)}, but the model\'s input has {channels}:'
-                        f' add --in-chans {found}, or read images with --input-img-mode (L: 1, RGB: 3, RGBA: 4).')
+                        f' add --in-chans {found}, or read images with --input-img-mode (L: 1, LA: 2, RGB: 3, RGBA:'
+                        f' 4).')
 
 
 def check_split(dataset: Any, data_dir: str, split: str, required: bool = True) -> None:
@@ -285,9 +306,12 @@ def check_split(dataset: Any, data_dir: str, split: str, required: bool = True) 
 def _check_class_folders(dataset: Any, root: str) -> None:
     """Refuse a class folder without images. It would not count as a class, which would shift the labels behind it."""
     known = set(class_names(dataset) or ())
-    endings = tuple(get_img_extensions())
     for folder in sorted(os.scandir(root), key=lambda entry: entry.name) if os.path.isdir(root) else ():
-        if folder.is_dir() and not folder.name.startswith('.') and folder.name not in known and not any(
-                file.lower().endswith(endings) for _, _, files in os.walk(folder.path) for file in files):
+        if folder.name.startswith('.') or folder.name in known:
+            continue
+        if folder.is_symlink() and not os.path.exists(folder.path):
+            raise UserError(f'{folder.path} is a link that leads nowhere, so that class would be missing: mend the'
+                            f' link, or remove it.')
+        if folder.is_dir():
             raise UserError(f'{folder.path} holds no images, so that class would be missing: fill the folder, or remove'
                             f' it.')

@@ -6,7 +6,7 @@ classes of their own, and images outside class folders would become a class with
 import logging
 import os
 from collections import Counter
-from typing import Dict, List, Mapping, Optional, Union
+from typing import Dict, List, Mapping, Optional, Tuple, Union
 
 from PIL import Image
 from timm.data.readers import get_img_extensions
@@ -37,13 +37,16 @@ def label_by_class_folder(
         types: File endings that are read, separated by semicolons; None for timm's.
 
     Raises:
-        UserError: Images lie outside class folders, or a folder with images is not in the class map.
+        UserError: Images lie outside class folders, a folder with images is not in the class map, or a link leads to a
+            folder that contains it.
     """
     endings = set(types.split(';')) if types else get_img_extensions(as_set=True)
     known = set(Image.registered_extensions()) - endings
     flat, images, other = [], {}, Counter()
     for folder, subfolders, files in os.walk(reader.root, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith('.')]
+        for subfolder in subfolders:
+            _check_link(os.path.join(folder, subfolder))
         name = os.path.relpath(folder, reader.root).split(os.sep)[0]
         for file in files:
             ending = os.path.splitext(file)[1].lower()
@@ -62,7 +65,7 @@ def label_by_class_folder(
         _logger.warning(f'Image files of other formats than {" ".join(sorted(endings))} below {reader.root} are left'
                         f' out: {kinds}. Convert them to use them.')
     labels = read_class_map(class_map, reader.root) if class_map else {
-        name: i for i, name in enumerate(sorted(images, key=natural_key))}
+        name: i for i, name in enumerate(sorted(images, key=_in_order))}
     missing = sorted(set(images) - set(labels))
     if missing:
         raise UserError(f'The class map has no entry for the folder {missing[0]} of {reader.root}'
@@ -70,9 +73,21 @@ def label_by_class_folder(
                         f' add the names, or remove the folders.')
     reader.class_to_idx = labels
     reader.samples = sorted(
-        ((path, labels[name]) for name, paths in images.items() for path in paths), key=lambda s: natural_key(s[0]))
+        ((path, labels[name]) for name, paths in images.items() for path in paths), key=lambda s: _in_order(s[0]))
     if not reader.samples:
         raise UserError(f'There are no images in the class folders of {reader.root}.')
+
+
+def _in_order(name: str) -> Tuple[List[Union[int, str]], str]:
+    """Return timm's key for sorting. Where it tells two names not apart (`Cat` and `cat`), the names themselves do."""
+    return natural_key(name), name
+
+
+def _check_link(folder: str) -> None:
+    target = os.path.realpath(folder)
+    if os.path.islink(folder) and f'{os.path.realpath(os.path.dirname(folder))}{os.sep}'.startswith(target + os.sep):
+        raise UserError(f'{folder} is a link to a folder that contains it, so its images would count many times: remove'
+                        f' the link.')
 
 
 def read_class_map(class_map: Union[str, Mapping[str, int]], root: str) -> Dict[str, int]:
@@ -83,7 +98,7 @@ def read_class_map(class_map: Union[str, Mapping[str, int]], root: str) -> Dict[
             labels counted from 0); or a .pkl file as timm reads it. The file may lie below `root`.
 
     Raises:
-        UserError: The file does not exist, or lists a name twice.
+        UserError: The file does not exist, is not UTF-8, or lists a name twice.
     """
     if not isinstance(class_map, str):
         return dict(class_map)
@@ -91,7 +106,8 @@ def read_class_map(class_map: Union[str, Mapping[str, int]], root: str) -> Dict[
     if not class_map.endswith('.txt') or not os.path.exists(path):
         with rewording(f'--class-map {class_map}'):
             return dict(load_class_map(class_map, root))
-    with open(path, encoding='utf-8-sig') as f:
+    with rewording(f'--class-map {class_map}', UnicodeDecodeError, hint='Save the file as UTF-8.'), \
+            open(path, encoding='utf-8-sig') as f:
         lines: List[str] = [line.strip() for line in f if line.strip()]
     if all(line.split(None, 1)[0] == str(i) and ' ' in line for i, line in enumerate(lines)):
         lines = [line.split(None, 1)[1] for line in lines]
