@@ -94,6 +94,7 @@ def test_evaluation_of_checkpoint_and_folder(data, tmp_path):
     ('file_name,a,b\n', 'no rows'), ('file_name,a,b\nimages/0.png,1\n', r'labels\.csv, line 2: .* 2 numbers from 0 to 1'),
     ('file_name,a,b\nimages/0.png,1,2\n', 'line 2'), ('file_name,a,b\nimages/0.png,1,x\n', 'line 2'),
     ('file_name,a,b\nno.png,1,0\n', 'line 2: there is no image no.png'),
+    ('file_name,a,b\nimages/0.png,1,0\nimages/0.png,0,1\n', 'images/0.png has more than one row'),
 ])
 def test_bad_tables(text, said, data, tmp_path):
     (tmp_path / 'train').mkdir()

@@ -349,6 +349,8 @@ def check_train_args(args: argparse.Namespace) -> None:
         raise UserError('No data set given: name its folder with --data-dir.')
     if args.pretrained_path and args.initial_checkpoint:  # beside --resume, they are what the run was begun with
         raise UserError('Give only one of --pretrained-path and --initial-checkpoint.')
+    if os.pardir in args.experiment.split(os.sep):
+        raise UserError(f'--experiment {args.experiment} leaves the folder of --output: give the name of a folder.')
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto needs --experiment: the name of the folder that it looks for a checkpoint in.')
 

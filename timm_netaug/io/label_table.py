@@ -1,6 +1,7 @@
 """Folders of images with several labels each: a split is a folder with images and a table `labels.csv`."""
 import csv
 import os
+from collections import Counter
 from typing import Any, IO, List, Tuple
 
 from timm.data.readers.reader import Reader
@@ -47,6 +48,10 @@ class LabelTable(Reader):
             for number, row in rows[1:]]
         if not self.samples:
             raise UserError(f'{path} has no rows below its header.')
+        twice = [name for name, count in Counter(row[0] for _, row in rows[1:]).items() if count > 1]
+        if twice:
+            raise UserError(f'{path}: {", ".join(twice[:3])} {"has" if len(twice) == 1 else "have"} more than one row:'
+                            f' keep one row for each file.')
 
     @staticmethod
     def _labels(path: str, number: int, row: List[str], names: List[str]) -> List[float]:
