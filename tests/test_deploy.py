@@ -27,6 +27,7 @@ from timm_netaug.cli import info as info_command
 from timm_netaug.costs import costs, greedy_plan
 from timm_netaug.deploy.c_source import c_header, c_source
 from timm_netaug.deploy.detector import DenseOutputs, deploy_detector, measure_detector, raw_predictions
+from timm_netaug.deploy.equalise import _run as pairs_of_channels
 from timm_netaug.deploy.equalise import with_equal_channels
 from timm_netaug.deploy.images import batches, normalised, open_pixels, spread
 from timm_netaug.deploy.measure import from_camera, measure, quantised
@@ -230,17 +231,36 @@ def test_equal_channels_are_nearer_to_the_largest():
 def test_other_channels_stay(changes):
     """Scaling before SiLU is not scaling behind it, and a dense convolution has no weights of one channel alone."""
     model, x = depthwise_behind_norm(**changes), torch.rand(8, 4, 8, 8)
+    with torch.no_grad():
+        assert not pairs_of_channels(model, x)[1]
     assert torch.equal(largest_values(with_equal_channels(model, x), x), largest_values(model, x))
 
 
-def test_channels_that_are_read_twice_stay():
-    class Twice(nn.Sequential):
-        def forward(self, x):
-            x = self[0](x)
-            return self[1](x).mean() + x.mean()
+class Reads(nn.Module):
+    """Two BatchNorms with a depthwise convolution each; the first one's output is read once more."""
 
-    model, x = Twice(*depthwise_behind_norm()).eval(), torch.rand(8, 4, 8, 8)
-    assert torch.equal(with_equal_channels(model, x)(x), model(x))
+    def __init__(self, again):
+        super().__init__()
+        self.first, self.second = depthwise_behind_norm(), depthwise_behind_norm()
+        self.other = nn.Conv2d(4, 4, 3, groups=4)
+        self.again = again
+
+    def forward(self, x):
+        norm = self.first[0](x)
+        more = norm if self.again == 'sum' else (self.other if self.again == 'convolution' else self.first[1])(norm)
+        return self.second(self.first[1](norm)) + more.mean()
+
+
+@pytest.mark.parametrize('again', ['sum', 'convolution', 'itself'])
+def test_channels_that_are_read_twice_stay(again):
+    """Those of the other BatchNorm change nevertheless."""
+    torch.manual_seed(0)
+    model, x = Reads(again).eval(), torch.rand(8, 4, 8, 8)
+    equal = with_equal_channels(model, x)
+    assert torch.equal(equal.first[0].weight, model.first[0].weight)
+    assert not torch.equal(equal.second[0].weight, model.second[0].weight)
+    with torch.no_grad():
+        torch.testing.assert_close(equal(x), model(x))
 
 
 def test_weights_make_up_for_rounding():
@@ -249,6 +269,19 @@ def test_weights_make_up_for_rounding():
     rounded = with_rounded_weights(nn.Sequential(conv), x)[0]
     assert all(8 < torch.count_nonzero(weight) < 18 for weight in rounded.weight)
     assert (rounded.bias - conv.bias).abs().max() < 1 / 127
+
+
+def test_rounding_of_a_layer_with_a_named_argument():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(input=x)
+
+    model, x = Named(), torch.rand(8, 3, 8, 8)
+    torch.testing.assert_close(with_rounded_weights(model, x)(x), model(x), rtol=0, atol=0.02)
 
 
 def test_layers_that_are_called_twice_keep_their_bias():

@@ -249,6 +249,30 @@ def test_images_that_are_listed_twice_are_told(copied):
     assert 'train: 2 images are listed more than once (i0, i1).' in read_split(str(copied), 'train').notes
 
 
+def test_ids_and_categories_of_other_tools(coco, tmp_path):
+    """Numbers with a decimal point, and Roboflow's category of nothing, named as one of the classes."""
+    want = read_split(str(coco), 'train')
+    shutil.copytree(coco, tmp_path / 'coco')
+    file = tmp_path / 'coco/annotations/instances_train.json'
+    data = json.loads(file.read_text())
+    data['categories'].insert(0, dict(id=0, name=data['categories'][0]['name'], supercategory='none'))
+    for entry in data['images']:
+        entry.update(height=float(entry['height']), width=0)
+    for annotation in data['annotations']:
+        annotation.update(category_id=float(annotation['category_id']), image_id=float(annotation['image_id']))
+    file.write_text(json.dumps(data))
+    found = read_split(str(tmp_path / 'coco'), 'train')
+    assert found.declared == want.declared and [i.classes for i in found.images] == [i.classes for i in want.images]
+
+
+@pytest.mark.parametrize('size', [('60.0', '80.0'), ('0', '0'), ('', ''), ('-1', 'None'), ('060', '80')])
+def test_sizes_that_say_the_same_or_nothing(size, copied):
+    file = copied / 'Annotations/i3.xml'
+    text = file.read_text().replace('<height>60</height>', f'<height>{size[0]}</height>')
+    file.write_text(text.replace('<width>80</width>', f'<width>{size[1]}</width>'))
+    assert len(read_split(str(copied), 'train').images) == 10
+
+
 def test_crowds_alone_are_nothing_to_learn(coco, tmp_path):
     shutil.copytree(coco, tmp_path / 'coco')
     file = tmp_path / 'coco/annotations/instances_train.json'
@@ -354,7 +378,7 @@ def latin_list(root):
 
 WRONG = {
     other_format: 'i3.xml is not Pascal VOC XML: its root is <annotations>, not <annotation>. Convert it.',
-    other_size_in_xml: 'i3.png has 60 x 80 pixels, and',
+    other_size_in_xml: 'i3.png has 60 x 80 pixels (height x width), and',
     latin_list: 'Save the file as UTF-8.',
     nan: 'i0.png has a box with NaN or infinite sides: mend it.',
     words: "i0.xml has a box whose xmax is 'ten', which is not a number: mend the file.",
@@ -439,6 +463,10 @@ def one_name(data):
     data['categories'][1]['name'] = data['categories'][0]['name']
 
 
+def mixed_ids(data):
+    data['categories'].append(dict(id='40', name='other'))
+
+
 def no_object(data):
     data['annotations'][0] = None
 
@@ -452,9 +480,10 @@ def endless(data):
 
 
 @pytest.mark.parametrize('mistake, said', [
-    (one_id, 'cannot be read as COCO JSON (two of its images have one id): mend it.'),
-    (one_category_id, 'cannot be read as COCO JSON (two of its categories have one id): mend it.'),
-    (one_name, 'cannot be read as COCO JSON (two of its categories have the name'),
+    (one_id, 'cannot be read as COCO JSON (two of its images share an id): mend it.'),
+    (one_category_id, 'cannot be read as COCO JSON (two of its categories share an id): mend it.'),
+    (mixed_ids, 'cannot be read as COCO JSON (the ids of its categories are numbers and texts): mend it.'),
+    (one_name, 'has two categories with the name'),
     (no_object, 'cannot be read as COCO JSON (its annotations are no list of objects): mend it.'),
     (list_as_id, 'of the category [10], and its categories are'),
     (endless, 'not four numbers: mend the file.'),
@@ -464,7 +493,7 @@ def endless(data):
     (three_numbers, 'not four numbers: mend the file.'),
     (no_file, '(1 of 10: gone.png): add them.'),
     (no_name, "has an image (id 3) whose file_name is None: name its file."),
-    (other_size, 'i3.png has 60 x 80 pixels, and'),
+    (other_size, 'i3.png has 60 x 80 pixels (height x width), and'),
     (no_images, 'is empty'),
     (used_background, 'has an object of the class background, which is no class of objects'),
 ], ids=lambda v: getattr(v, '__name__', ''))
@@ -563,6 +592,14 @@ def test_resumed_run_is_bit_equal(epochs, run_dir, voc, tmp_path):
     assert rows[0] == rows[1]
 
 
+@pytest.mark.parametrize('flag', ['--pictures', '--results-file'])
+def test_folder_in_place_of_a_file(flag, run_dir, voc, tmp_path):
+    """Told before the evaluation."""
+    done = run_python('validate_detection.py', '--data-dir', voc, '--checkpoint', run_dir / 'last.pth.tar', '-j', 0,
+                      flag, tmp_path, check=False)
+    assert done.returncode == 1 and f'{flag} {tmp_path} is a folder: name a file in it.' in done.stderr
+
+
 @needs_metric
 def test_validate_repeats_the_metric(run_dir, voc, tmp_path):
     done = run_python('validate_detection.py', '--data-dir', voc, '--checkpoint', run_dir / 'last.pth.tar', '-j', 0,
@@ -600,7 +637,7 @@ def test_plain_training_learns(coco, tmp_path):
     (['--eval-metric', 'top1'], '--eval-metric must be one of AP, AP50'),
     (['--img-size', 100, '--input-size', 3, 100, 100], 'multiples of 32'),
     (['--mixup', 0.2], 'Unknown flag --mixup'),
-    (['--scale', 0.5, 0.1], '--scale takes two numbers'),
+    (['--scale', 0.5, 0.1], '--scale takes the smaller number first'),
     (['--netaug-divisor', 8], 'NetAug flags do nothing without --netaug'),
     (['-b', 500], 'fewer images than a batch'),
     (['--netaug', '--netaug-from-stage', 4], 'the network cannot branch before'),

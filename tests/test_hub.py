@@ -633,3 +633,12 @@ def test_baseline_of_more_processes(run_dir, tmp_path):
     done = run_python('-m', 'timm_netaug', 'hub', 'push', run_dir / 'last.pth.tar', 'OWNER/x', '--baseline',
                       tmp_path / 'twin.pth.tar', '--dry-run', tmp_path / 'out', check=False)
     assert done.returncode == 1 and 'processes is 2 there and 1 here' in done.stderr
+
+
+def test_logits_that_are_not_finite(hub, tmp_path):
+    huge = make('netaug_mcunet')
+    with torch.no_grad():
+        huge.classifier.weight.fill_(3e38)
+    export_folder(huge, tmp_path / 'huge', describe_run(huge))
+    assert 'The logits of the model are not finite numbers, so nothing is pushed' in refusal(
+        'push', tmp_path / 'huge', REPO)

@@ -61,6 +61,20 @@ def test_link_to_a_folder_that_contains_it(folder):
         opened(folder)
 
 
+def test_links_to_each_other(folder):
+    (folder / 'train/cat/other').symlink_to('../dog')
+    (folder / 'train/dog/other').symlink_to('../cat')
+    with pytest.raises(UserError, match=r'other/other is a link to a folder that contains it'):
+        opened(folder)
+
+
+def test_several_folders_of_one_class(folder):
+    names = {'cat': 0, 'dog': 1, 'class9': 1, 'class10': 2}
+    dataset = opened(folder, class_map=names)
+    check_split(dataset, str(folder), 'train')
+    assert class_names(dataset) == ['cat', 'dog', 'class10'] and len(dataset) == 8
+
+
 def test_link_to_another_folder(folder, tmp_path_factory):
     place = tmp_path_factory.mktemp('elsewhere') / 'owls'
     shutil.copytree(folder / 'train/dog', place)

@@ -1,6 +1,7 @@
 """Images with several labels: data, losses, metrics, and the way through checkpoint and exported folder."""
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -87,6 +88,16 @@ def test_evaluation_of_checkpoint_and_folder(data, tmp_path):
         assert 'top1' not in result and result['images'] == 6
         for name in MultiLabelClassificationEvaluator.metric_names[1:]:
             assert result[name] == pytest.approx(float(recorded[f'eval_{name}']), abs=1e-4)
+
+
+def test_splits_with_the_classes_in_another_order(data, tmp_path):
+    shutil.copytree(data, tmp_path / 'data')
+    table = tmp_path / 'data/validation/labels.csv'
+    rows = [[row[0], *reversed(row[1:])] for row in csv.reader(table.open())]
+    with table.open('w', newline='') as f:
+        csv.writer(f).writerows(rows)
+    done = run_python('train.py', '--data-dir', tmp_path / 'data', *FLAGS, '--output', tmp_path, check=False)
+    assert done.returncode == 1 and 'The two splits have the same classes in another order: ' in done.stderr
 
 
 @pytest.mark.parametrize('text, said', [

@@ -163,7 +163,7 @@ def test_resumed_history_of_a_plateau(undisturbed):
     (['--netaug-divisor', 8], 'divisor is 1 there and 8 here'),
     (['--bn-eps', 0.1], 'bn_eps is None there and 0.1 here'),
     (['--opt', 'adamw'], 'was trained with --opt sgd'),
-    (['--eval-metric', 'top5'], 'was trained with --eval-metric top1, which its best checkpoints were chosen by'),
+    (['--eval-metric', 'top5'], 'was trained with --eval-metric top1, which its best checkpoints and the plateau'),
 ])
 def test_changed_model_is_refused_by_name(argv, said, undisturbed, few_digits, tmp_path):
     before = (undisturbed[0] / 'summary.csv').read_text()

@@ -2,6 +2,7 @@
 import csv
 import dataclasses
 import json
+import math
 import platform
 import re
 import sys
@@ -480,6 +481,8 @@ def test_distillation_through_the_script(few_digits, teachers, tmp_path):
     (['--model', 'netaug_mcunet', '--kd-model-name', 'local-dir:TEACHER/same', '--kd-distill-type', 'token'],
      "does not have 'set_distilled_training'"),
     (['--model', 'netaug_mcunet', '--device', 'cuda'], 'use --device cpu'),
+    (['--cutmix-minmax', 0.2, 0.21], 'are the same number of pixels of an image of 32 x 32'),
+    (['--opt-kwargs', 'foo'], '--opt-kwargs takes KEY=VALUE, got foo'),
 ])
 def test_wrong_input_gets_one_sentence(argv, said, digits, teachers, tmp_path, capsys, monkeypatch):
     if 'cuda' in argv and torch.cuda.is_available():
@@ -492,6 +495,26 @@ def test_wrong_input_gets_one_sentence(argv, said, digits, teachers, tmp_path, c
     assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()
 
 
+def test_class_that_is_only_in_validation(few_digits, tmp_path):
+    """A training from scratch would never learn it; pretrained weights may know it."""
+    from timm_netaug.cli.common_flags import data_source
+    from timm_netaug.cli.loaders import open_splits
+    from timm_netaug.cli.train_flags import train_parser
+    for split in ('train', 'validation'):
+        (tmp_path / split).mkdir()
+        for folder in (few_digits / split).iterdir():
+            if (split, folder.name) != ('train', '3'):
+                (tmp_path / split / folder.name).symlink_to(folder)
+    (tmp_path / 'classes.txt').write_text('\n'.join(map(str, range(10))))
+    args = train_parser().parse_args(['--data-dir', str(tmp_path), '--class-map', str(tmp_path / 'classes.txt')])
+    args.rank = 0
+    assert data_source(args).class_map
+    with pytest.raises(UserError, match='The class 3 has images in validation and none in train'):
+        open_splits(args, 3)
+    args.pretrained = True
+    assert open_splits(args, 3).class_names == list('0123456789')
+
+
 @pytest.mark.parametrize('flag, content, said', [
     ('--initial-checkpoint', 'truncated.safetensors', 'truncated.safetensors cannot be read as weights'),
     ('--initial-checkpoint', 'truncated.pth', 'truncated.pth cannot be read as weights'),
@@ -501,6 +524,8 @@ def test_wrong_input_gets_one_sentence(argv, said, digits, teachers, tmp_path, c
     ('--pretrained-path', 'vit.pth', 'is of another model than test_efficientnet: 47 of the 47 tensors'),
     ('--pretrained-path', 'shallow.pth', r'is of another model than test_efficientnet: \d+ of the 47 tensors'),
     ('--kd-model-name', 'broken', 'broken cannot be loaded'),
+    ('--initial-checkpoint', 'nan.pth', 'nan.pth is broken, .* has NaN or infinite values'),
+    ('--pretrained-path', 'nan.pth', 'nan.pth is broken, .* has NaN or infinite values'),
 ])
 def test_weights_to_start_from_that_are_wrong(flag, content, said, few_digits, teachers, tmp_path, monkeypatch):
     """Told before anything is trained; timm itself would start such a --pretrained-path from scratch."""
@@ -511,6 +536,7 @@ def test_weights_to_start_from_that_are_wrong(flag, content, said, few_digits, t
     for name in ('truncated.safetensors', 'broken/model.safetensors'):
         (tmp_path / name).write_bytes(whole.read_bytes()[:3000])
     torch.save(load_file(whole), tmp_path / 'resnet.pth')
+    torch.save({k: t * math.nan for k, t in load_file(whole).items()}, tmp_path / 'nan.pth')
     torch.save(load_file(teachers / 'vit/model.safetensors'), tmp_path / 'vit.pth')
     (tmp_path / 'truncated.pth').write_bytes((tmp_path / 'resnet.pth').read_bytes()[:20000])
     weights = make('test_efficientnet', num_classes=3).state_dict()

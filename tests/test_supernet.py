@@ -125,6 +125,13 @@ def test_memory_format_and_dtype_stay(kwargs):
     assert strides == {k: v.stride() for k, v in model.state_dict().items()}
 
 
+def test_widths_are_whole_numbers():
+    supernet = make_supernet()
+    widths = supernet.sample_widths(generator())
+    with pytest.raises(ValueError, match='is not a whole number'):
+        supernet.check_widths({**widths, next(iter(widths)): next(iter(widths.values())) + 0.5})
+
+
 def test_drawn_from_the_generator_alone():
     supernet = make_supernet()
     draws = []

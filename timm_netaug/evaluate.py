@@ -135,7 +135,7 @@ def open_split(
             raise UserError('The data set has other classes than the model, or the same classes in another order.')
         return dataset, None
     if names and classes and source.class_map:
-        moved = [name for i, name in enumerate(classes) if name in names and names[i:i + 1] != [name]]
+        moved = [name for i, name in enumerate(classes) if name in names and list(names)[i:i + 1] != [name]]
         if moved:
             raise UserError(f'--class-map gives the class {moved[0]} another label than the model does: leave the flag'
                             f' out, the model knows its classes.')

@@ -140,8 +140,8 @@ class NetAugTask(ClassificationTask):
             raise ValueError(f'NetAugTask needs a temperature above 0 and a seed of at least 0, got {temperature} and'
                              f' {seed}.')
         if task_loss_weight is not None and task_loss_weight > 1 and distill_loss_weight is None:
-            raise ValueError(f'NetAugTask: task_loss_weight {task_loss_weight} needs distill_loss_weight, which would be'
-                             f' negative otherwise.')
+            raise ValueError(f'NetAugTask: task_loss_weight {task_loss_weight} needs distill_loss_weight, which would'
+                             f' be negative otherwise.')
         if teacher is not None and unwrap_model(teacher) is unwrap_model(model):
             raise ValueError('NetAugTask: the teacher is the model itself: pass a copy of it, or another model.')
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)

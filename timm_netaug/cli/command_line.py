@@ -95,8 +95,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse
     finder.add_argument('-c', '--config')
     known, rest = finder.parse_known_args(argv)
     from_config = _config_to_argv(parser, known.config) if known.config else []
-    with rewording('KEY=VALUE is expected, as in momentum=0.9', ValueError):  # timm's ParseKwargs
-        args, unknown = parser.parse_known_args([*from_config, *rest])
+    args, unknown = parser.parse_known_args([*from_config, *rest])
     if unknown:
         flags = [s for a in parser._actions for s in a.option_strings]
         near = difflib.get_close_matches(unknown[0].split('=')[0], flags, 1, 0.75)

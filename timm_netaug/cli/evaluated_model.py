@@ -30,14 +30,15 @@ def _check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, run:
 
 def _check_pretrained(args: argparse.Namespace, loaded: LoadedModel) -> None:
     """Refuse flags that an exported folder ignores, or that replace the trained classifier by one at random."""
-    given = [dest for dest in ('num_classes', 'in_chans', 'gp', 'model_kwargs') if getattr(args, dest)]
+    own = dict(num_classes=loaded.model.num_classes, in_chans=loaded.data_config['input_size'][0])
+    given = [dest for dest in ('num_classes', 'in_chans', 'gp', 'model_kwargs')
+             if getattr(args, dest) and getattr(args, dest) != own.get(dest)]
     if loaded.folder is not None and given:
         raise UserError(f'{flag_name(given[0])}: the folder {loaded.folder} determines its model. Leave the flag out.')
     trained = (loaded.model.pretrained_cfg or {}).get('num_classes')
-    if args.pretrained or ':' in args.model:
-        if not args.checkpoint and args.num_classes and trained and args.num_classes != trained:
-            raise UserError(f'--num-classes {args.num_classes}: the weights of {args.model} are for {trained} classes,'
-                            f' so the classifier would have random weights. Leave the flag out.')
+    if not args.checkpoint and args.num_classes and trained and args.num_classes != trained:
+        raise UserError(f'--num-classes {args.num_classes}: the weights of {args.model} are for {trained} classes, so'
+                        f' the classifier would have random weights. Leave the flag out.')
 
 
 def load_evaluated_model(args: argparse.Namespace, parser: argparse.ArgumentParser) -> LoadedModel:

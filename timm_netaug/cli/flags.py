@@ -11,6 +11,16 @@ from ..errors import UserError
 __all__ = ['Flag', 'Group', 'build_parser', 'check_flags', 'flag_name', 'given_flags', 'refuse_for_detector']
 
 
+class _KeyValues(ParseKwargs):
+    """timm's action, with a sentence for what is not KEY=VALUE."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        wrong = [value for value in values if value and '=' not in value]
+        if wrong:
+            raise UserError(f'{option_string} takes KEY=VALUE, got {wrong[0]}.')
+        super().__call__(parser, namespace, values, option_string)
+
+
 @dataclass(frozen=True)
 class Flag:
     """A flag of a command line, and the rules for its value.
@@ -62,7 +72,7 @@ class Flag:
         else:
             kwargs.update(default=self.default, metavar=self.metavar)
             kwargs.update({k: v for k, v in dict(nargs=self.nargs, const=self.const).items() if v is not None})
-            kwargs.update(dict(action=ParseKwargs) if self.type is ParseKwargs else dict(type=self.type))
+            kwargs.update(dict(action=_KeyValues) if self.type is ParseKwargs else dict(type=self.type))
         group.add_argument(*self.names.split(), **kwargs)
 
     def full_help(self) -> str:
@@ -95,7 +105,7 @@ class Flag:
             return
         for number in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
             if not in_range(number, self.range):
-                raise UserError(f'{self.name} must be {range_text(self.range)}, got {number:g}.')
+                raise UserError(f'{self.name} must be {range_text(self.range)}, got {_text(number)}.')
 
 
 @dataclass(frozen=True)
@@ -116,14 +126,19 @@ def in_range(number: float, interval: str) -> bool:
     return (number >= low if with_low else number > low) and (number <= high if with_high else number < high)
 
 
+def _text(number: float) -> str:
+    return str(int(number)) if math.isfinite(number) and number == int(number) and abs(number) < 1e15 else f'{number:g}'
+
+
 def range_text(interval: str) -> str:
     """Return an interval in words."""
     low, high, with_low, with_high = _bounds(interval)
     if math.isinf(low) and math.isinf(high):
         return 'a finite number'
     lower = f'at least {low:g}' if with_low else f'above {low:g}'
-    upper = f'at most {high:g}' if with_high else f'below {high:g}'
-    return lower if math.isinf(high) else f'{lower} and {upper}'
+    if math.isinf(high):
+        return lower if with_high else f'{lower} and finite'
+    return f'{lower} and {f"at most {_text(high)}" if with_high else f"below {_text(high)}"}'
 
 
 def flag_name(dest: str) -> str:

@@ -56,7 +56,8 @@ def open_splits(args, channels: int) -> Splits:
         raise UserError(f'The two splits have different classes ({", ".join(odd[:5])}), so their labels would not'
                         f' agree: correct the folders, or give the classes with --class-map.')
     unseen = labels_of_folder(validation) - labels_of_folder(train)
-    if names and unseen:
+    from_scratch = not (args.pretrained or args.pretrained_path or args.initial_checkpoint or args.resume)
+    if names and unseen and from_scratch:
         raise UserError(f'The class {names[min(unseen)]} has images in {args.val_split} and none in'
                         f' {args.train_split}: it would never be learned.')
     if names:
@@ -94,6 +95,10 @@ def set_up_loaders(args, splits: Splits, data_config: Dict[str, Any], device: to
         with rewording(f'--aa {args.aa} is not a policy of timm, such as rand-m9-mstd0.5, augmix-m3 or v0'):
             create_transform(data_config['input_size'], is_training=True, auto_augment=args.aa)
 
+    minmax = args.cutmix_minmax
+    if minmax and any(int(side * minmax[0]) >= int(side * minmax[1]) for side in data_config['input_size'][1:]):
+        raise UserError(f'--cutmix-minmax {minmax[0]:g} {minmax[1]:g} are the same number of pixels of an image of'
+                        f' {" x ".join(map(str, data_config["input_size"][1:]))}: take numbers further apart.')
     collate_fn = mixup_fn = None
     if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
         mixup_args = dict(

@@ -30,7 +30,7 @@ from ..io.saver import AtomicSaver
 from .train_flags import FREE_FLAGS
 from .device import restarts
 
-__all__ = ['check_resume', 'find_restart', 'set_up_saver', 'versions', 'GROUP_FIELDS_SET_BY_FLAGS']
+__all__ = ['check_resume', 'find_restart', 'release_folder', 'set_up_saver', 'versions', 'GROUP_FIELDS_SET_BY_FLAGS']
 
 try:
     import fcntl
@@ -111,9 +111,12 @@ def check_resume(args, parser, run: RunDescription) -> List[Optional[float]]:
     if saved.opt != args.opt and not args.no_resume_opt:
         raise UserError(f'--resume: {args.resume} was trained with --opt {saved.opt}: use the same optimizer, or start'
                         f' with a new one and --no-resume-opt.')
-    if saved.eval_metric != args.eval_metric:
+    folder = _run_folder(args)
+    goes_on = bool(args.experiment) and os.path.isdir(folder) and os.path.samefile(
+        os.path.dirname(os.path.abspath(args.resume)), folder)
+    if saved.eval_metric != args.eval_metric and (goes_on or args.sched == 'plateau'):
         raise UserError(f'--resume: {args.resume} was trained with --eval-metric {saved.eval_metric}, which its best'
-                        f' checkpoints were chosen by: use the same metric.')
+                        f' checkpoints and the plateau schedule follow: use the same metric.')
     then, now = there.versions, run.versions
     changed = [f'{k} {then[k]}, not {now.get(k)}' for k in then if then[k] != now.get(k)]
     if is_primary(args) and changed:
@@ -190,26 +193,34 @@ def _set_up_folder(args, name: str, start_epoch: int) -> Tuple[str, bool]:
     return folder, False
 
 
+def release_folder() -> None:
+    """Let other processes train in the folder of this process's run."""
+    while _locked:
+        os.close(_locked.pop())
+
+
 def _lock(folder: str) -> None:
-    """Keep other processes from training in a folder until this process ends. Nothing where the system has no flock.
+    """Keep other processes from training in a folder until the run ends. Nothing where the system has no flock.
 
     Raises:
         UserError: Another process trains in the folder.
     """
+    release_folder()
     if fcntl is None:
         return
-    while _locked:  # by an earlier run of this process
-        os.close(_locked.pop())
-    handle = os.open(folder, os.O_RDONLY)
-    end = time.monotonic() + _LOADERS_END
+    handle, told = os.open(folder, os.O_RDONLY), False
+    start = time.monotonic()
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
-            if time.monotonic() > end:
+            if time.monotonic() > start + _LOADERS_END:
                 os.close(handle)
                 raise UserError(f'Another process trains in {folder}: choose another --experiment.') from None
+            if not told:
+                _logger.info(f'Waiting for the processes of an earlier run in {folder} to end.')
+            told = True
             time.sleep(0.1)
         except OSError:  # a file system without locks
             break

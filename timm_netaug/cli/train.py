@@ -49,7 +49,7 @@ from .device import choose_device, join_processes, keep_memory, mixed_precision,
 from .loaders import open_splits, set_up_loaders
 from .logs import set_up_logging
 from .progress import Progress
-from .run_folder import GROUP_FIELDS_SET_BY_FLAGS, check_resume, find_restart, set_up_saver, versions
+from .run_folder import GROUP_FIELDS_SET_BY_FLAGS, check_resume, find_restart, release_folder, set_up_saver, versions
 from .signals import Stopped, StopSignals
 from .train_flags import check_train_args, netaug_config, train_parser
 
@@ -537,6 +537,7 @@ def train(kind: Any = Classification) -> None:
             stopped(epoch, saver, stop.number)
     if args.distributed:
         torch.distributed.destroy_process_group()
+    release_folder()
     if primary and saver.best_metric is not None:
         best = os.path.join(saver.checkpoint_dir, 'model_best.pth.tar')
         print(f'\nBest {args.eval_metric}: {saver.best_metric:.2f} (epoch {saver.best_epoch}).'

@@ -100,9 +100,6 @@ def _check_args(args: argparse.Namespace) -> None:
     if args.eval_metric not in (*METRICS, 'loss'):
         raise UserError(f'--eval-metric must be one of {", ".join(METRICS)}, loss, got {args.eval_metric!r}.')
     check_train_args(argparse.Namespace(**{**vars(args), 'eval_metric': 'loss'}))
-    if not 0 < args.scale[0] <= args.scale[1] <= 1:
-        raise UserError(f'--scale takes two numbers above 0 up to 1, the smaller one first, got'
-                        f' {" ".join(map(str, args.scale))}.')
     if args.input_size and args.input_size[0] != 3:
         raise UserError(f'--input-size: a detector takes images of 3 channels, got {args.input_size[0]}.')
     check_metric()

@@ -92,13 +92,13 @@ TRAIN_FLAGS = (
         Flag('--opt-betas', "the optimizer's betas", float, metavar='BETA', nargs='+', range='[0, 1)'),
         Flag('--momentum', 'momentum', float, 0.9, 'M', range='[0, 1)'),
         Flag('--weight-decay', 'weight decay; biases and norm layers have none', float, 2e-5, 'WD', range='[0, inf)'),
-        Flag('--clip-grad', 'limit that gradients are clipped to', float, metavar='NORM', range='[0, inf)'),
+        Flag('--clip-grad', 'limit that gradients are clipped to', float, metavar='NORM', range='[0, inf]'),
         Flag('--clip-mode', 'how gradients are clipped', str, 'norm', 'MODE', choices=('norm', 'value', 'agc')),
         Flag('--layer-decay', 'factor on the learning rate from each layer to the layer before it', float,
              metavar='R', range='(0, 10]'),
         Flag('--layer-decay-min-scale', 'lower limit of the factor of --layer-decay', float, 0, 'S', range='[0, 1]'),
         Flag('--layer-decay-no-opt-scale', 'freeze layers whose factor of --layer-decay is below this one', float,
-             metavar='S'),
+             metavar='S', range='[0, 1]'),
         Flag('--opt-kwargs', "further arguments of the optimizer's constructor", ParseKwargs, {}, 'KEY=VALUE',
              nargs='*'),
     )),
@@ -170,7 +170,7 @@ TRAIN_FLAGS = (
         Flag('--train-crop-mode', 'how training images are cropped', str, metavar='MODE',
              choices=('rrc', 'rkrc', 'rkrr')),
         Flag('--scale', 'smallest and largest area of the random crop, as shares of the image', float, [0.08, 1.0], 'R',
-             nargs='+', range='(0, 1]'),
+             nargs='+', range='(0, inf)'),
         Flag('--ratio', 'smallest and largest aspect ratio of the random crop', float, [3 / 4, 4 / 3], 'R', nargs='+',
              range='(0, inf)'),
         Flag('--hflip', 'probability of a horizontal flip', float, 0.5, 'P', range='[0, 1]'),
@@ -189,8 +189,8 @@ TRAIN_FLAGS = (
              choices=('pixel', 'const', 'rand')),
         Flag('--recount', 'number of regions that are erased', int, 1, 'N', range='[1, 1000]'),
         Flag('--resplit', 'erase nothing in the first augmentation split'),
-        Flag('--mixup', 'alpha of mixup; 0 is off', float, 0.0, 'A', range='[0, inf]'),
-        Flag('--cutmix', 'alpha of cutmix; 0 is off', float, 0.0, 'A', range='[0, inf]'),
+        Flag('--mixup', 'alpha of mixup; 0 is off', float, 0.0, 'A', range='[0, inf)'),
+        Flag('--cutmix', 'alpha of cutmix; 0 is off', float, 0.0, 'A', range='[0, inf)'),
         Flag('--cutmix-minmax', 'smallest and largest share of the area for cutmix, instead of alpha', float,
              metavar='R', nargs='+', range='[0, 1]'),
         Flag('--mixup-prob', 'probability that a batch is mixed, by mixup or cutmix', float, 1.0, 'P', range='[0, 1]'),
@@ -227,7 +227,7 @@ TRAIN_FLAGS = (
              needs='--model-ema'),
     )),
     Group('Miscellaneous', (
-        Flag('--seed', 'seed of all random numbers', int, 42, 'N', range='[0, 4000000000]'),
+        Flag('--seed', 'seed of all random numbers', int, 42, 'N', range='[0, 4294967295]'),
         Flag('--worker-seeding', 'which random generators of the loader processes are seeded', str, 'all', 'MODE',
              choices=('all', 'part')),
         Flag('--log-interval', 'number of batches between two log lines', int, 50, 'N', range='[1, inf]', free=True),
@@ -287,10 +287,10 @@ TRAIN_FLAGS = (
              ' of the student', str, 'logit', 'NAME', choices=('logit', 'feature', 'token'), needs='--kd-model-name'),
         Flag('--kd-loss-type', "loss against the teacher's logits", str, 'kl', 'NAME', choices=('kl',),
              needs='--kd-model-name'),
-        Flag('--distill-loss-weight', "weight of the loss against the teacher", float, metavar='W', range='[0, inf]',
+        Flag('--distill-loss-weight', "weight of the loss against the teacher", float, metavar='W', range='[0, inf)',
              needs='--kd-model-name'),
         Flag('--task-loss-weight', 'weight of the loss against the labels; without --distill-loss-weight, the other'
-             ' weight is 1 minus this one', float, metavar='W', range='[0, inf]', needs='--kd-model-name'),
+             ' weight is 1 minus this one', float, metavar='W', range='[0, inf)', needs='--kd-model-name'),
         Flag('--kd-temperature', 'temperature that softens the classes', float, 4.0, 'T', range='(0, inf)',
              needs='--kd-model-name --netaug-distill'),
         Flag('--kd-student-feature-dim', "number of the student's features; without the flag, train.py finds it out",
@@ -437,12 +437,11 @@ def _check_augmentation(args: argparse.Namespace) -> None:
     for dest in _PAIRS:
         if getattr(args, dest) is not None and len(getattr(args, dest)) != 2:
             raise UserError(f'{flag_name(dest)} takes two numbers, got {len(getattr(args, dest))}.')
-    for dest in ('ratio', 'cutmix_minmax'):
         if getattr(args, dest) is not None and getattr(args, dest)[0] > getattr(args, dest)[1]:
             raise UserError(f'{flag_name(dest)} takes the smaller number first, got'
                             f' {" ".join(f"{v:g}" for v in getattr(args, dest))}.')
-    if args.cutmix_minmax is not None and args.cutmix_minmax[0] == args.cutmix_minmax[1]:
-        raise UserError('--cutmix-minmax takes two different numbers.')
+    if args.train_crop_mode in (None, 'rrc') and args.scale[1] > 1:
+        raise UserError(f'--scale must be at most 1, got {args.scale[1]:g}: a crop is a part of the image.')
     mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
     if mixed and any(size % 2 for size in args.train_batch_sizes or [args.batch_size]):
         raise UserError('--mixup and --cutmix need an even --batch-size.')

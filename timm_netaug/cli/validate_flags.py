@@ -62,7 +62,7 @@ VALIDATE_FLAGS = (
         Flag('--valid-labels', "text file with the model's class for each class of the data set, one number on a line",
              str, '', 'FILE'),
         Flag('--retry', 'use smaller batches where memory is short'),
-        Flag('--seed', 'seed of all random numbers', int, 42, 'N', range='[0, 4000000000]'),
+        Flag('--seed', 'seed of all random numbers', int, 42, 'N', range='[0, 4294967295]'),
         Flag('--metrics-avg', 'compute precision, recall and F1, averaged in this way; needs scikit-learn', str,
              metavar='NAME', choices=('micro', 'macro', 'weighted')),
         Flag('--naflex-loader', 'keep the aspect ratio of images, for NaFlex models', excludes=_not_with(

@@ -1,7 +1,7 @@
 """Channels in front of depthwise convolutions scaled towards each other, so that int8 has more steps for small ones."""
 import copy
 from collections import Counter
-from typing import Any, List, Tuple
+from typing import Any, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -26,7 +26,7 @@ def _run(model: nn.Module, x: torch.Tensor) -> Tuple[List[torch.Tensor], List[_P
     uses: Counter = Counter()
 
     def before(conv: nn.Module, args: Any) -> None:
-        norm = made_by.get(args[0])
+        norm = made_by.get(args[0]) if args else None
         uses[conv] += 1
         if norm is not None and conv.groups == conv.in_channels == conv.out_channels:
             pairs.append((norm, conv, args[0].amax((0, 2, 3))))
@@ -52,29 +52,43 @@ def _run(model: nn.Module, x: torch.Tensor) -> Tuple[List[torch.Tensor], List[_P
 
 @torch.no_grad()
 def with_equal_channels(model: nn.Module, x: torch.Tensor) -> nn.Module:
-    """Return a copy that computes the same, with more equal channels in front of its depthwise convolutions.
+    """Return a copy with more equal channels in front of its depthwise convolutions, and the same outputs for `x`.
 
     int8 activations have one scale for all channels, that of the channel with the largest values. A channel with small
-    values has few steps. So each channel is multiplied by the square root of what it lacks, and the weights of the
-    depthwise convolution behind it are divided by that factor. This is the equalisation of Nagel et al., Data-Free
-    Quantization Through Weight Equalization and Bias Correction (ICCV 2019, section 4.1), of activations instead of
-    weights, which have a scale per channel here. The square root, because ReLU6 clips the scaled channel, too: the
-    factor leaves room above the largest value that was seen.
+    values has few steps. So each channel is multiplied by the square root of (the largest value of all channels / the
+    largest value of this channel), by 3 at most, and the weights of the depthwise convolution behind it are divided by
+    that factor. This is the equalisation of Nagel et al., Data-Free Quantization Through Weight Equalization and Bias
+    Correction (ICCV 2019, section 4.1), of activations instead of weights, which have a scale per channel here. ReLU6
+    clips a scaled channel at 6 / factor of its old values. The square root leaves room up to there above the largest
+    value of `x`.
 
     Args:
         model: In evaluation mode.
         x: Images for calibration, as the model takes them. They go through the model in one batch.
 
     Returns:
-        The copy. A copy with the channels as they were, if the output of such a BatchNorm goes to another place, too.
+        The copy. Channels of a BatchNorm whose output goes to another place, too, are as they were.
     """
-    equal = copy.deepcopy(model)
-    expected, pairs = _run(equal, x)
-    for norm, conv, top in pairs:
-        factor = torch.where(top > 0, top.max() / top.clamp(min=1e-30), 1.0).sqrt().clamp(max=_LARGEST_FACTOR)
-        norm.weight.mul_(factor)
-        norm.bias.mul_(factor)
-        conv.weight.div_(factor[:, None, None, None])
-    same = all(torch.allclose(found, wanted, rtol=0, atol=_TOLERANCE * wanted.abs().max().item())
-               for found, wanted in zip(_run(equal, x)[0], expected))
-    return equal if same else copy.deepcopy(model)
+    model = copy.deepcopy(model)
+    expected, pairs = _run(model, x)
+
+    def scale(pairs: Sequence[_Pair]) -> bool:
+        """Scale the channels of all pairs if the outputs stay the same, else none."""
+        tensors = [tensor for norm, conv, _ in pairs for tensor in (norm.weight, norm.bias, conv.weight)]
+        before = [tensor.clone() for tensor in tensors]
+        for norm, conv, top in pairs:
+            factor = torch.where(top > 0, top.max() / top.clamp(min=1e-30), 1.0).sqrt().clamp(max=_LARGEST_FACTOR)
+            norm.weight.mul_(factor)
+            norm.bias.mul_(factor)
+            conv.weight.div_(factor[:, None, None, None])
+        same = all(torch.allclose(found, wanted, rtol=0, atol=_TOLERANCE * wanted.abs().max().item())
+                   for found, wanted in zip(_run(model, x)[0], expected))
+        if not same:
+            for tensor, value in zip(tensors, before):
+                tensor.copy_(value)
+        return same
+
+    if not scale(pairs):
+        for pair in pairs:
+            scale([pair])
+    return model

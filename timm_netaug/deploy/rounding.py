@@ -13,7 +13,7 @@ __all__ = ['with_rounded_weights']
 _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 _LAYERS = (*_CONVOLUTIONS, nn.Linear, Linear)
 
-_IMAGES, _PLACES = 24, 400  # images, and places in each, that the moments of a layer's inputs are taken from
+_IMAGES, _PLACES = 24, 400  # images (up to twice as many), and places in each, for the moments of a layer's inputs
 _LARGEST_MOMENTS = 2048  # inputs of an output channel; the time grows with their third power
 _DAMPING = 0.01  # of the mean of the diagonal, as in GPTQ
 
@@ -104,7 +104,7 @@ def with_rounded_weights(model: nn.Module, x: torch.Tensor) -> nn.Module:
         means[layer].append(_mean(layer, output))
 
     def round_weight(layer: nn.Module, args: Any) -> None:
-        layer.weight.copy_(_rounded(layer.weight, _moments(layer, args[0])))
+        layer.weight.copy_(_rounded(layer.weight, _moments(layer, args[0]) if args else None))
 
     def correct_bias(layer: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         shift = means[layer][0] - _mean(layer, output)

@@ -18,7 +18,7 @@ from .rounding import with_rounded_weights
 
 __all__ = ['to_tflite']
 
-_CORRECTED = 64 * 224 ** 2  # pixels for the correction of biases, whose activations lie in memory together
+_CORRECTED = 64 * 224 ** 2  # pixels that channels and weights are changed by; their activations lie in memory together
 _SIGNATURE = 'serving_default'  # of a file of litert-torch that says no other
 
 

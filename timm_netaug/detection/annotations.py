@@ -82,6 +82,17 @@ def _image_size(file: str) -> Tuple[int, int]:
                         f' split.') from e
 
 
+def _check_size(image: str, size: Tuple[int, int], told: Sequence[Any], file: str) -> None:
+    """Refuse an image of another size than its annotation says. Sides that are no number above 0 say nothing."""
+    try:
+        told = [float(side) for side in told]
+    except (TypeError, ValueError):
+        return
+    if all(side > 0 for side in told) and tuple(told) != size:
+        raise UserError(f'{image} has {size[0]} x {size[1]} pixels (height x width), and {file} says'
+                        f' {told[0]:g} x {told[1]:g}: mend the annotation.')
+
+
 def _read_xml(file: str, image: str) -> AnnotatedImage:
     try:
         root = ElementTree.parse(file).getroot()
@@ -99,10 +110,7 @@ def _read_xml(file: str, image: str) -> AnnotatedImage:
         classes.append(name)
         difficult.append((item.findtext('difficult') or '0').strip() == '1')
     size = _image_size(image)
-    told = tuple((root.findtext(f'size/{side}') or '').strip() for side in ('height', 'width'))
-    if all(side not in ('', '0') for side in told) and told != tuple(map(str, size)):
-        raise UserError(f'{image} has {size[0]} x {size[1]} pixels, and {file} says {told[0]} x {told[1]}: mend the'
-                        f' annotation.')
+    _check_size(image, size, [root.findtext(f'size/{side}') for side in ('height', 'width')], file)
     return AnnotatedImage(
         image, size, torch.tensor(boxes).reshape(-1, 4), tuple(classes),
         torch.tensor(difficult, dtype=torch.bool), torch.ones(len(boxes), dtype=torch.bool))
@@ -158,7 +166,7 @@ def _image_folder(root: Path, file: Path, name: str, first: str) -> Path:
 
 def _id(annotation: Mapping[str, Any], key: str) -> Any:
     value = annotation.get(key)
-    return value if isinstance(value, (int, str)) else None  # a list cannot be looked up
+    return value if isinstance(value, (int, float, str)) else None  # a list cannot be looked up
 
 
 def _read_coco(root: Path, file: Path, name: str) -> Split:
@@ -171,11 +179,9 @@ def _read_coco(root: Path, file: Path, name: str) -> Split:
             raise ValueError('its annotations are no list of objects')
         for key, unique in (('images', images), ('categories', categories)):
             if len(unique) < len(data[key]):
-                raise ValueError(f'two of its {key} have one id')
-        twice = [name for name, count in Counter(categories.values()).items() if count > 1]
-        if twice:
-            raise ValueError(f'two of its categories have the name {twice[0]}')
-        sorted(categories)
+                raise ValueError(f'two of its {key} share an id')
+        if len({isinstance(key, str) for key in categories}) > 1:
+            raise ValueError('the ids of its categories are numbers and texts')
     except (ValueError, KeyError, TypeError, OSError) as e:
         told = f'it has no {e}' if isinstance(e, KeyError) else first_line(e)
         raise UserError(f'{file} cannot be read as COCO JSON ({told}): mend it.') from e
@@ -209,17 +215,19 @@ def _read_coco(root: Path, file: Path, name: str) -> Split:
         xywh = torch.tensor([a['bbox'] for a in own], dtype=torch.float32).reshape(-1, 4)
         crowd = torch.tensor([bool(a.get('iscrowd')) for a in own], dtype=torch.bool)
         size = _image_size(path)
-        told = (entry.get('height', size[0]), entry.get('width', size[1]))
-        if size != told:
-            raise UserError(f'{path} has {size[0]} x {size[1]} pixels, and {file} says {told[0]} x {told[1]}: mend the'
-                            f' annotation.')
+        _check_size(path, size, (entry.get('height'), entry.get('width')), str(file))
         found.append(AnnotatedImage(
             path, size, torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1),
             tuple(categories[a['category_id']] for a in own), crowd, ~crowd))
     used = {a['category_id'] for a in annotations}
-    # Some tools write a category of nothing, which groups the others.
-    declared = [n for key, n in sorted(categories.items()) if key in used or n not in _BACKGROUND]
-    return Split(name, found, declared)
+    names = Counter(categories[key] for key in used)
+    twice = [n for n, count in names.items() if count > 1]
+    if twice:
+        raise UserError(f'{file} has two categories with the name {twice[0]}: give each its own name.')
+    # Some tools write a category that groups the others and has no boxes, named as one of them or as the background.
+    declared = [n for key, n in sorted(categories.items())
+                if key in used or n not in _BACKGROUND and n not in names]
+    return Split(name, found, list(dict.fromkeys(declared)))
 
 
 # Both
@@ -318,10 +326,10 @@ def find_classes(train: Split, val: Optional[Split] = None, class_names: Optiona
     Raises:
         UserError: A split has a class that is not among them, or that is only in validation.
     """
-    counts = Counter(c for image in train.images for c, trained in zip(image.classes, image.trained.tolist())
-                     if trained or val is None)
+    counts = Counter(c for image in train.images for c in image.classes)
     names = list(class_names or train.declared or sorted(counts))
-    if not names or not sum(counts.values()):
+    learned = sum(counts.values()) if val is None else sum(int(image.trained.sum()) for image in train.images)
+    if not names or not learned:
         raise UserError(f'The split {train.name} has no boxes at all: there is nothing to learn or to find in it.')
     unknown = sorted(set(counts) - set(names))
     if unknown:
@@ -344,7 +352,7 @@ def read_class_map(path: str) -> List[str]:
         UserError: There is no such file, it is empty, or a name stands there twice.
     """
     try:
-        names = [line.strip() for line in Path(path).read_text(encoding='utf-8').splitlines() if line.strip()]
+        names = [line.strip() for line in Path(path).read_text(encoding='utf-8-sig').splitlines() if line.strip()]
     except (OSError, ValueError) as e:
         raise UserError(f'--class-map {path} cannot be read: {first_line(e)}.') from e
     twice = [n for n, count in Counter(names).items() if count > 1]

@@ -305,7 +305,7 @@ def check_split(dataset: Any, data_dir: str, split: str, required: bool = True) 
 
 def _check_class_folders(dataset: Any, root: str) -> None:
     """Refuse a class folder without images. It would not count as a class, which would shift the labels behind it."""
-    known = set(class_names(dataset) or ())
+    known = set(getattr(dataset.reader, 'class_to_idx', None) or class_names(dataset) or ())
     for folder in sorted(os.scandir(root), key=lambda entry: entry.name) if os.path.isdir(root) else ():
         if folder.name.startswith('.') or folder.name in known:
             continue

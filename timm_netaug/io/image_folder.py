@@ -46,7 +46,7 @@ def label_by_class_folder(
     for folder, subfolders, files in os.walk(reader.root, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith('.')]
         for subfolder in subfolders:
-            _check_link(os.path.join(folder, subfolder))
+            _check_link(os.path.join(folder, subfolder), reader.root)
         name = os.path.relpath(folder, reader.root).split(os.sep)[0]
         for file in files:
             ending = os.path.splitext(file)[1].lower()
@@ -83,11 +83,15 @@ def _in_order(name: str) -> Tuple[List[Union[int, str]], str]:
     return natural_key(name), name
 
 
-def _check_link(folder: str) -> None:
-    target = os.path.realpath(folder)
-    if os.path.islink(folder) and f'{os.path.realpath(os.path.dirname(folder))}{os.sep}'.startswith(target + os.sep):
-        raise UserError(f'{folder} is a link to a folder that contains it, so its images would count many times: remove'
-                        f' the link.')
+def _check_link(folder: str, root: str) -> None:
+    if not os.path.islink(folder):
+        return
+    target, place = os.path.join(os.path.realpath(folder), ''), folder
+    while len(place) > len(root):  # the places on the way may be links, too
+        place = os.path.dirname(place)
+        if os.path.join(os.path.realpath(place), '').startswith(target):
+            raise UserError(f'{folder} is a link to a folder that contains it, so its images would count many times:'
+                            f' remove the link.')
 
 
 def read_class_map(class_map: Union[str, Mapping[str, int]], root: str) -> Dict[str, int]:
