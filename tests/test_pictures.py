@@ -97,6 +97,7 @@ def test_methods():
     assert len(set(colours)) == len(colours)
     for flags, method, name in (
             ({}, 'plain-timm-init', "plain training, timm's initial weights"),
+            (dict(pretrained_path='weights.pth'), 'plain', 'plain training'),
             (dict(netaug_init=True), 'plain', 'plain training'),
             (dict(kd_model_name='resnet18'), 'teacher', 'plain training with a teacher'),
             (dict(netaug=True), 'widths', "NetAug, the paper's schedule"),

@@ -100,7 +100,8 @@ def method_of(flags: Dict[str, Any]) -> str:
     if not flags.get('netaug'):
         if flags.get('kd_model_name'):
             return 'teacher'
-        return 'plain' if flags.get('netaug_init') else 'plain-timm-init'
+        given = ('netaug_init', 'pretrained', 'pretrained_path', 'initial_checkpoint')
+        return 'plain' if any(flags.get(name) for name in given) else 'plain-timm-init'
     if flags.get('netaug_distill'):
         return 'distillation'
     if flags.get('netaug_from_stage', 0) in (0, '0'):
