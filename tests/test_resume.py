@@ -204,10 +204,9 @@ def test_checkpoint_of_timms_own_script_is_refused(few_digits, tmp_path):
                      r' --initial-checkpoint instead', done.stderr)
 
 
-def test_two_runs_in_one_folder(few_digits, tmp_path, monkeypatch):
+def test_two_runs_in_one_folder(tmp_path):
     folder = tmp_path / 'run'
     folder.mkdir()
-    monkeypatch.setattr(run_folder, '_LOADERS_END', 0)
     handle = os.open(folder, os.O_RDONLY)  # as another run
     fcntl = pytest.importorskip('fcntl')
     fcntl.flock(handle, fcntl.LOCK_EX)
@@ -216,6 +215,26 @@ def test_two_runs_in_one_folder(few_digits, tmp_path, monkeypatch):
     os.close(handle)
     run_folder._lock(str(folder))
     run_folder._lock(str(folder))  # the next run of the same process
+    child = os.fork()  # as a loader process, which does not keep the lock
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        run_folder.release_folder()
+        end = time.monotonic() + 10
+        while True:  # until the child has run
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < end
+    finally:
+        os.close(handle)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_resumed_with_the_flags_that_the_run_was_begun_with(undisturbed, few_digits, tmp_path):

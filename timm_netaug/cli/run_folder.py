@@ -5,7 +5,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from datetime import datetime
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
@@ -40,7 +39,6 @@ except ImportError:  # Windows
 _logger = logging.getLogger('train')
 
 _locked: List[int] = []  # handle of the folder of the present run
-_LOADERS_END = 10  # seconds after which the loader processes of a killed run, which share its lock, have ended
 
 # Fields of an optimizer's parameter groups that flags set. Other fields may be counters.
 GROUP_FIELDS_SET_BY_FLAGS = ('lr', 'weight_decay', 'momentum', 'betas', 'eps', 'lr_scale')
@@ -199,6 +197,10 @@ def release_folder() -> None:
         os.close(_locked.pop())
 
 
+if hasattr(os, 'register_at_fork'):  # else the loader processes of a run that is killed would keep its lock
+    os.register_at_fork(after_in_child=release_folder)
+
+
 def _lock(folder: str) -> None:
     """Keep other processes from training in a folder until the run ends. Nothing where the system has no flock.
 
@@ -208,22 +210,14 @@ def _lock(folder: str) -> None:
     release_folder()
     if fcntl is None:
         return
-    handle, told = os.open(folder, os.O_RDONLY), False
-    start = time.monotonic()
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > start + _LOADERS_END:
-                os.close(handle)
-                raise UserError(f'Another process trains in {folder}: choose another --experiment.') from None
-            if not told:
-                _logger.info(f'Waiting for the processes of an earlier run in {folder} to end.')
-            told = True
-            time.sleep(0.1)
-        except OSError:  # a file system without locks
-            break
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f'Another process trains in {folder}: choose another --experiment.') from None
+    except OSError:  # a file system without locks
+        pass
     _locked.append(handle)
 
 
