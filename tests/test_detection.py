@@ -255,7 +255,7 @@ def test_ids_and_categories_of_other_tools(coco, tmp_path):
     shutil.copytree(coco, tmp_path / 'coco')
     file = tmp_path / 'coco/annotations/instances_train.json'
     data = json.loads(file.read_text())
-    data['categories'].insert(0, dict(id=0, name=data['categories'][0]['name'], supercategory='none'))
+    data['categories'].insert(0, dict(id=0, name=data['categories'][1]['name'], supercategory='none'))
     for entry in data['images']:
         entry.update(height=float(entry['height']), width=0)
     for annotation in data['annotations']:

@@ -1,5 +1,6 @@
 """Which images are read, with which labels: a class is a folder directly below the split."""
 import logging
+import os
 import shutil
 
 import numpy as np
@@ -103,10 +104,18 @@ def test_class_that_would_be_missing(folder, content, said):
         check_split(opened(folder), str(folder), 'train')
 
 
-def test_order_of_names_that_differ_in_case(folder):
+def test_order_of_names_that_differ_in_case(folder, monkeypatch):
     """timm's key does not tell them apart, so their order would be that in which the system lists the folders."""
     (folder / 'train/Cat').mkdir()
     shutil.copy(folder / 'train/cat/1.png', folder / 'train/Cat/1.png')
+    walk = os.walk
+
+    def backwards(*args, **kwargs):
+        for place, folders, files in walk(*args, **kwargs):
+            folders.sort(reverse=True)
+            yield place, folders, files
+
+    monkeypatch.setattr(os, 'walk', backwards)
     names = class_names(opened(folder))
     if names == ['cat', 'class9', 'class10', 'dog']:
         pytest.skip('this file system does not tell them apart')

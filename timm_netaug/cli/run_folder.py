@@ -61,6 +61,10 @@ def _run_folder(args) -> str:
     return os.path.join(args.output or os.path.join('output', 'train'), args.experiment)
 
 
+def _lies_in(checkpoint: str, folder: str) -> bool:
+    return os.path.isdir(folder) and os.path.samefile(os.path.dirname(os.path.abspath(checkpoint)), folder)
+
+
 def find_restart(args) -> None:
     """Set `args.resume` to the last checkpoint in the run's folder, with `--resume auto` and in processes that torchrun
     has restarted.
@@ -109,9 +113,7 @@ def check_resume(args, parser, run: RunDescription) -> List[Optional[float]]:
     if saved.opt != args.opt and not args.no_resume_opt:
         raise UserError(f'--resume: {args.resume} was trained with --opt {saved.opt}: use the same optimizer, or start'
                         f' with a new one and --no-resume-opt.')
-    folder = _run_folder(args)
-    goes_on = bool(args.experiment) and os.path.isdir(folder) and os.path.samefile(
-        os.path.dirname(os.path.abspath(args.resume)), folder)
+    goes_on = bool(args.experiment) and _lies_in(args.resume, _run_folder(args))
     if saved.eval_metric != args.eval_metric and (goes_on or args.sched == 'plateau'):
         raise UserError(f'--resume: {args.resume} was trained with --eval-metric {saved.eval_metric}, which its best'
                         f' checkpoints and the plateau schedule follow: use the same metric.')
@@ -169,7 +171,7 @@ def _set_up_folder(args, name: str, start_epoch: int) -> Tuple[str, bool]:
     folder = get_outdir(args.output or os.path.join('output', 'train'), name)
     _lock(folder)
     summary, last = os.path.join(folder, 'summary.csv'), os.path.join(folder, 'last.pth.tar')
-    if args.resume and os.path.samefile(os.path.dirname(os.path.abspath(args.resume)), folder):
+    if args.resume and _lies_in(args.resume, folder):
         if os.path.exists(last) and read_checkpoint(last)['epoch'] >= start_epoch:
             raise UserError(f'{folder} holds later epochs than {args.resume}: continue with {last}, or choose another'
                             f' --experiment to train these epochs again.')

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Union
 
@@ -145,19 +146,23 @@ def watched(loader: Any) -> Iterator[Any]:
     while not hasattr(dataset, 'check') and hasattr(dataset, 'dataset'):
         dataset = dataset.dataset
     check = getattr(dataset, 'check', lambda: None)
-    try:
+    with _telling_unreadable(dataset):
         for batch in loader:
             check()
             yield batch
-    except RuntimeError as e:  # from a worker process, which has written the names of the images to the file
-        check()
-        if 'images in a row cannot be read' in str(e):
-            raise _no_image(dataset) from e
-        raise
 
 
-def _no_image(dataset: Any) -> UserError:
-    return UserError(f'No image can be read ({", ".join(sorted(dataset.unreadable)[:5])}): repair them.')
+@contextmanager
+def _telling_unreadable(dataset: Any) -> Iterator[None]:
+    """Turn the error of a `WatchedImages` that finds no image to read into a sentence with the names of the files."""
+    try:
+        yield
+    except RuntimeError as e:  # perhaps from a worker process, which has written the names of the images to the file
+        if hasattr(dataset, 'check'):
+            dataset.check()
+        if 'images in a row cannot be read' not in str(e):
+            raise
+        raise UserError(f'No image can be read ({", ".join(sorted(dataset.unreadable)[:5])}): repair them.') from e
 
 
 def class_names(dataset: Any) -> Optional[List[str]]:
@@ -262,13 +267,8 @@ def check_channels(dataset: Any, channels: int) -> None:
     """
     if isinstance(dataset, IterableDataset) or not len(dataset):
         return
-    try:
+    with _telling_unreadable(dataset):
         image = dataset[0][0]
-    except RuntimeError as e:
-        if not hasattr(dataset, 'unreadable') or 'images in a row' not in str(e):
-            raise
-        dataset.check()
-        raise _no_image(dataset) from e
     shape = getattr(image, 'shape', ())
     found = shape[0] if len(shape) == 3 else 1
     if len(shape) in (2, 3) and found != channels:
