@@ -162,6 +162,7 @@ def test_other_formats_are_counted(folder, caplog):
     ('dog\ncat\nclass9\nclass10\n', ['dog', 'cat', 'class9', 'class10']),
     ('\ufeffdog\n\ncat\nclass9\nclass10\n\n', ['dog', 'cat', 'class9', 'class10']),
     ('0 dog\n1 cat\n2 class9\n3 class10\n', ['dog', 'cat', 'class9', 'class10']),
+    ('1 dog\n2 cat\n3 class9\n4 class10\n', ['dog', 'cat', 'class9', 'class10']),
     ('dog\ncat\nclass9\nclass10\nowl\n', ['dog', 'cat', 'class9', 'class10', 'owl']),
 ])
 def test_class_maps(folder, content, want):

@@ -292,6 +292,26 @@ def test_starts_from_given_weights(netaug, few_digits, tmp_path):
     assert got['classifier.weight'].shape[0] == 10
 
 
+@pytest.mark.parametrize('flags, warned', [
+    (['--pretrained', '--num-classes', '2'], True),
+    (['--pretrained', '--num-classes', '2', '--netaug'], True),
+    (['--pretrained', '--num-classes', '2', '--head-init-scale', '1'], False),
+    (['--pretrained', '--num-classes', '10'], False),  # the classifier of the weights
+    (['--num-classes', '2'], False),
+], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
+def test_new_classifier_behind_pretrained_weights(flags, warned, caplog):
+    """The warning names a scale that gives weights of a standard deviation near 0.02, as NetAug's initial ones."""
+    args = parse_args(train_parser(), ['--data-dir', 'D', '--model', 'netaug_mbv2_tiny', *flags])
+    model = build.set_up_model(args)
+    std = model.get_classifier().weight.std().item()
+    config = netaug_config(args)
+    with caplog.at_level('WARNING', logger='train'):
+        build.prepare_for_training(args, model, config, torch.device('cpu'), torch.float32)
+    scales = [float(s) for s in re.findall(r'classes is new, .*: add --head-init-scale ([\d.]+)\.', caplog.text)]
+    assert len(scales) == warned
+    assert all(0.01 < std * scale < 0.03 for scale in scales)
+
+
 def register_weights(monkeypatch, name, model, file):
     """Let a file be what timm loads for a registered name with pretrained=True, instead of a download."""
     torch.save(model.state_dict(), file)

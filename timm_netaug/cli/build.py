@@ -1,5 +1,6 @@
 """Build what `train.py` trains: the model with its initial weights, the teacher, and the task with the losses."""
 import logging
+import math
 import os
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -116,8 +117,28 @@ def set_up_model(args) -> nn.Module:
     return model
 
 
+def _advise_on_head(args, model: nn.Module) -> None:
+    """Warn if a new classifier behind pretrained weights starts with so large weights that its gradients destroy them.
+
+    timm's EfficientNet and MobileNetV3 draw these weights from -r to r, r = 1 / sqrt(classes), whatever the number of
+    features. The remedy is that of NetAug's initial weights, a standard deviation of 0.02 (docs/training.md has
+    figures).
+    """
+    head = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    new = isinstance(head, nn.Linear) and head.bias is not None and not head.bias.any()  # no trained biases are all 0
+    if not new or args.resume or args.head_init_scale is not None or not (args.pretrained or args.pretrained_path):
+        return
+    std = head.weight.std().item()
+    if std * math.sqrt(head.in_features) > 1:  # the deviation of logits if that of the features is 1
+        _logger.warning(
+            f'The classifier for {head.out_features} classes is new, and its initial weights are so large'
+            f' (timm\'s, standard deviation {std:.2g}) that the first steps can destroy the pretrained weights before'
+            f' it: add --head-init-scale {0.02 / std:.1g}.')
+
+
 @torch.no_grad()
 def _set_up_head(args, model: nn.Module) -> None:
+    _advise_on_head(args, model)
     if args.head_init_scale is not None:
         for p in model.get_classifier().parameters():
             p.mul_(args.head_init_scale)
@@ -134,6 +155,9 @@ def prepare_for_training(args, model: nn.Module, config: Optional[Tuple[Any, Any
     Raises:
         UserError: NetAug does not support the model.
     """
+    given = args.pretrained or args.pretrained_path or args.initial_checkpoint
+    if given:  # before the classifier gets augmenting weights, which are small
+        _set_up_head(args, model)
     if config is not None:
         try:
             if args.netaug_init:
@@ -144,9 +168,10 @@ def prepare_for_training(args, model: nn.Module, config: Optional[Tuple[Any, Any
             flag = '--netaug-init' if args.netaug_init else '--netaug'
             hint = '' if str(e).startswith('from_stage') else ' docs/models.md lists the models that NetAug takes.'
             raise UserError(f'{flag}: {e}{hint}') from e
-        if args.netaug and not (args.pretrained or args.pretrained_path or args.initial_checkpoint):
+        if args.netaug and not given:
             model.init_weights(config[1].sort)
-    _set_up_head(args, model)
+    if not given:
+        _set_up_head(args, model)
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     model.to(device=device, dtype=dtype)
