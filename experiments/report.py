@@ -9,7 +9,8 @@ It is left out for runs on a GPU.
 
 Pictures name a row by its method, which follows from its flags, and by its field `detail`, which sets it apart from
 other rows of that method. Each method has one colour in all pictures (timm_netaug/cli/style.py). The rows that the
-field `curves` of the YAML file lists are drawn as curves, in that order.
+field `curves` of the YAML file lists are drawn as curves, in that order; with `training_curves: true`, dotted lines show
+their accuracy in training, too.
 """
 import csv
 import json
@@ -123,10 +124,11 @@ def table(rows: List[Row]) -> str:
     return '\n'.join(lines)
 
 
-def picture(title: str, rows: List[Row], shown: List[str]) -> Figure:
+def picture(title: str, rows: List[Row], shown: List[str], training: bool = False) -> Figure:
     """Draw accuracy over epochs and over processor time of the rows in `shown`, and the end of every row as dots.
 
-    A row without a known cost is left out of the panel over processor time alone.
+    A row without a known cost is left out of the panel over processor time alone. With `training`, the panel over
+    epochs shows the accuracy in training, too.
     """
     headline = sorted((row for row in rows if row.name in shown), key=lambda row: shown.index(row.name))
     costly = [row for row in headline if cost(row, rows) is not None]
@@ -140,7 +142,7 @@ def picture(title: str, rows: List[Row], shown: List[str]) -> Figure:
     only = f' of {headline[0].model}' if headline and len(groups) > 1 else ''
     labels = []
     if headline:
-        labels.append((panels[0], draw_epochs(panels[0], headline, only)))
+        labels.append((panels[0], draw_epochs(panels[0], headline, only, training)))
     if costly:
         labels.append((panels[1], draw_costs(panels[1], costly, rows, only)))
     for axes, these in labels:  # last, when the layout is settled
@@ -151,18 +153,21 @@ def picture(title: str, rows: List[Row], shown: List[str]) -> Figure:
     return figure
 
 
-def draw_epochs(axes: Axes, rows: List[Row], of: str) -> List[Label]:
+def draw_epochs(axes: Axes, rows: List[Row], of: str, training: bool) -> List[Label]:
     labels = []
     for row in rows:
         epochs = range(1, row.epochs + 1)
         mean, deviation = row.course('eval_top1')
         axes.plot(epochs, mean, row.dashes, color=row.colour)
         axes.fill_between(epochs, mean - deviation, mean + deviation, color=row.colour, alpha=0.15, linewidth=0)
+        if training:
+            axes.plot(epochs, row.course('train_top1')[0], ':', color=row.colour, linewidth=1)
         labels.append(Label(row.epochs, mean[-1], row.label, row.colour))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel('epoch' + ' (of several seeds: the mean, and a band of the standard deviation)' * any(
         len(row.curves) > 1 for row in rows), loc='left')
-    axes.set(ylabel='validation top-1, %', title=f'Accuracy{of} over epochs')
+    title = f'Accuracy{of} over epochs' + ' (dotted: of augmented training images)' * training
+    axes.set(ylabel='top-1, %' if training else 'validation top-1, %', title=title)
     return labels
 
 
@@ -231,8 +236,9 @@ def page(text: str, draw: bool = True) -> str:
             content = yaml.safe_load(path.read_text())
             PICTURES.mkdir(exist_ok=True)
             with style():
-                picture(content.get('title', name), rows, content.get('curves', [])).savefig(
-                    PICTURES / f'{name}.png', dpi=120)
+                figure = picture(content.get('title', name), rows, content.get('curves', []),
+                                 content.get('training_curves', False))
+                figure.savefig(PICTURES / f'{name}.png', dpi=120)
         made = f'<!-- {name} -->\n{table(rows) if rows else "None is done yet."}\n<!-- end -->'
         text = re.sub(rf'<!-- {name} -->\n.*?<!-- end -->', lambda m: made, text, flags=re.S)
     return text

@@ -162,7 +162,7 @@ def test_other_formats_are_counted(folder, caplog):
     ('dog\ncat\nclass9\nclass10\n', ['dog', 'cat', 'class9', 'class10']),
     ('\ufeffdog\n\ncat\nclass9\nclass10\n\n', ['dog', 'cat', 'class9', 'class10']),
     ('0 dog\n1 cat\n2 class9\n3 class10\n', ['dog', 'cat', 'class9', 'class10']),
-    ('1 dog\n2 cat\n3 class9\n4 class10\n', ['dog', 'cat', 'class9', 'class10']),
+    ('1 dog\n2\tcat\n3 class9\n4 class10\n', ['dog', 'cat', 'class9', 'class10']),
     ('dog\ncat\nclass9\nclass10\nowl\n', ['dog', 'cat', 'class9', 'class10', 'owl']),
 ])
 def test_class_maps(folder, content, want):
@@ -181,6 +181,13 @@ def test_wrong_class_maps(folder, content, why):
         (folder / 'map.txt').write_text(content)
     with pytest.raises(UserError, match=why):
         opened(folder, class_map=str(folder / 'map.txt'))
+
+
+def test_class_map_of_folders_that_begin_with_numbers(folder):
+    for i, name in enumerate(('dog', 'cat', 'class9', 'class10')):
+        (folder / 'train' / name).rename(folder / 'train' / f'{i + 1} {name}')
+    (folder / 'map.txt').write_text('1 dog\n2 cat\n3 class9\n4 class10\n')
+    assert class_names(opened(folder, class_map=str(folder / 'map.txt'))) == ['1 dog', '2 cat', '3 class9', '4 class10']
 
 
 def test_class_map_of_numbers():

@@ -132,7 +132,8 @@ def test_pictures_of_experiments(path):
     for rows in (report.read(path), [everything[0]._replace(cpu_seconds=[])], everything):
         if rows:
             with style():
-                figure = report.picture(content['title'], rows, content['curves'])
+                figure = report.picture(
+                    content['title'], rows, content['curves'], content.get('training_curves', False))
                 # In the style, by which matplotlib chooses ticks each time that it draws.
                 assert {content['title'], *(row.label for row in rows)} <= assert_readable(figure)
             for axes in figure.findobj(Axes):

@@ -26,7 +26,7 @@ from timm_netaug.bundled import bundled_cfgs
 FOLDER = ROOT / 'hfconfigs'
 RECIPES = sorted(p.parent.name for p in FOLDER.glob('*/train.yaml'))
 CONFIGS = sorted(p.parent.name for p in FOLDER.glob('*/config.json'))
-OURS = ('.netaug_digits', '.netaug_cifar10', '.cifar10', '.in1k_ft_flowers89', '.in1k_ft_vww')
+OURS = ('.netaug_digits', '.netaug_cifar10', '.cifar10', '.in1k_ft_flowers89', '.in1k_ft_vww1000')
 PAPER = [r for r in RECIPES if not r.endswith(OURS)]
 UPDATES = 8  # in an epoch
 SIZES = {'netaug_mbv2_tiny': 144, 'netaug_mcunet': 176}
@@ -65,6 +65,18 @@ def test_as_generated():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert {r: (FOLDER / r / 'train.yaml').read_text() for r in PAPER} == module.recipes()
+
+
+@pytest.mark.parametrize('recipe, experiment, row', [
+    ('netaug_mcunet.in1k_ft_flowers89', 'flowers', 'weights'),
+    ('netaug_mcunet.in1k_ft_vww1000', 'vww', 'weights-lr0.005')])
+def test_fine_tuning_is_what_was_run(recipe, experiment, row):
+    header = ''.join(line[2:] for line in (FOLDER / recipe / 'train.yaml').open() if line.startswith('# '))
+    assert f'The row {row} of experiments/{experiment}.yaml' in header
+    run = yaml.safe_load((ROOT / f'experiments/{experiment}.yaml').read_text())
+    flags = {**run['flags'], **run['rows'][row]['flags'], 'experiment': recipe, 'seed': 0}
+    del flags['checkpoint_hist']  # how many files are kept
+    assert yaml.safe_load((FOLDER / recipe / 'train.yaml').read_text()) == flags
 
 
 @pytest.mark.parametrize('recipe', RECIPES)

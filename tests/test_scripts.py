@@ -1,4 +1,5 @@
 """train.py, validate.py and export as a user runs them."""
+import copy
 import csv
 import dataclasses
 import json
@@ -88,7 +89,7 @@ def test_every_flag_of_timm(script, parser, table):
     (['--netaug', '--netaug-divisor', '0'], '--netaug-divisor must be'),
     (['--netaug', '--netaug-from-stage', '-1'], '--netaug-from-stage must be the number of a stage'),
     (['--netaug-from-stage', '2'], 'do nothing without --netaug'),
-    (['--netaug-init', '--netaug-from-stage', '2'], '--netaug-from-stage does nothing with --netaug-init'),
+    (['--netaug-init', '--netaug-alpha', '2'], '--netaug-alpha does nothing with --netaug-init'),
     (['--netaug-init', '--netaug'], '--netaug-init does nothing with --netaug'),
     (['--netaug-init', '--pretrained'], '--netaug-init is for a training from scratch'),
     (['--netaug', '--netaug-width-mults', '0.5'], '--netaug-width-mults must be'),
@@ -292,24 +293,48 @@ def test_starts_from_given_weights(netaug, few_digits, tmp_path):
     assert got['classifier.weight'].shape[0] == 10
 
 
-@pytest.mark.parametrize('flags, warned', [
-    (['--pretrained', '--num-classes', '2'], True),
-    (['--pretrained', '--num-classes', '2', '--netaug'], True),
-    (['--pretrained', '--num-classes', '2', '--head-init-scale', '1'], False),
-    (['--pretrained', '--num-classes', '10'], False),  # the classifier of the weights
-    (['--num-classes', '2'], False),
-], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
-def test_new_classifier_behind_pretrained_weights(flags, warned, caplog):
-    """The warning names a scale that gives weights of a standard deviation near 0.02, as NetAug's initial ones."""
-    args = parse_args(train_parser(), ['--data-dir', 'D', '--model', 'netaug_mbv2_tiny', *flags])
+def prepared(*flags):
+    """The classifier of the stock model, and the model that train.py would train."""
+    args = parse_args(train_parser(), ['--data-dir', 'D', *flags])
+    args.rank = 0
+    torch.manual_seed(0)
     model = build.set_up_model(args)
-    std = model.get_classifier().weight.std().item()
-    config = netaug_config(args)
+    head = copy.deepcopy(model.get_classifier())
+    return head, build.prepare_for_training(args, model, netaug_config(args), torch.device('cpu'), torch.float32)
+
+
+@pytest.mark.parametrize('flags, warned', [
+    ('--pretrained --num-classes 2', True),
+    ('--pretrained --num-classes 2 --netaug', True),
+    ('--pretrained-path FILE --num-classes 2', True),
+    ('--pretrained --num-classes 2 --head-init-scale 1', False),
+    ('--pretrained --num-classes 2 --resume RUN', False),
+    ('--pretrained --num-classes 10', False),  # the classifier of the weights
+    ('--initial-checkpoint FILE --num-classes 10', False),
+    ('--num-classes 2', False),
+])
+def test_new_classifier_behind_pretrained_weights(flags, warned, caplog, tmp_path):
+    """The warning names a scale that gives weights of a standard deviation near 0.02."""
+    torch.save(make('netaug_mbv2_tiny').state_dict(), tmp_path / 'given.pth')
     with caplog.at_level('WARNING', logger='train'):
-        build.prepare_for_training(args, model, config, torch.device('cpu'), torch.float32)
+        head, _ = prepared('--model', 'netaug_mbv2_tiny', *flags.replace('FILE', str(tmp_path / 'given.pth')).split())
     scales = [float(s) for s in re.findall(r'classes is new, .*: add --head-init-scale ([\d.]+)\.', caplog.text)]
     assert len(scales) == warned
-    assert all(0.01 < std * scale < 0.03 for scale in scales)
+    assert all(0.017 < head.weight.std() * scale < 0.023 for scale in scales)
+
+
+def test_scale_of_a_new_classifier():
+    """With NetAug, the scale is that of the tiny network's classifier; what augments it has small weights already."""
+    wide = ['--model', 'netaug_mbv2_035', '--pretrained', '--num-classes', '2', '--netaug']
+    head, model = prepared(*wide, '--head-init-scale', '0.05')
+    weight = model.classifier.weight
+    assert weight.shape[1] > head.in_features
+    assert torch.equal(weight[:, :head.in_features], 0.05 * head.weight)
+    assert 0.017 < weight[:, head.in_features:].std() < 0.023
+    _, model = prepared('--model', 'deit_tiny_distilled_patch16_224', '--num-classes', '2', '--head-init-bias', '-2')
+    assert all(torch.equal(head.bias, torch.full((2,), -2.0)) for head in model.get_classifier())
+    with pytest.raises(UserError, match='--head-init-scale: netaug_mbv2_tiny has no such parameters'):
+        prepared('--model', 'netaug_mbv2_tiny', '--num-classes', '0', '--head-init-scale', '0.5')
 
 
 def register_weights(monkeypatch, name, model, file):

@@ -325,14 +325,18 @@ def test_stages(name, stages):
 
 def test_initial_weights():
     """Those of a super-network's tiny network, with and without a trunk; the trunk is initialised, too."""
-    model, other = make('netaug_mbv2_tiny'), make('netaug_mbv2_tiny')
-    torch.manual_seed(1)
-    init_weights(model)
-    torch.manual_seed(1)
-    supernet = augment(other)
-    supernet.init_weights()
-    want = export(supernet).state_dict()
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in want.items())
+    starts = []
+    for config in (NetAugConfig(), NetAugConfig(from_stage=3)):
+        model, other = make('netaug_mbv2_tiny'), make('netaug_mbv2_tiny')
+        torch.manual_seed(1)
+        init_weights(model, config)
+        torch.manual_seed(1)
+        supernet = augment(other, config)
+        supernet.init_weights()
+        want = export(supernet).state_dict()
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in want.items())
+        starts.append(want['blocks.1.0.conv_pw.weight'].std())
+    assert starts[1] > 1.2 * starts[0]  # the fan-in of a trunk is not augmented
     trunk = augment(make('netaug_mbv2_tiny'), NetAugConfig(from_stage=3))
     before = trunk.conv_stem.weight.clone()
     trunk.init_weights()

@@ -21,6 +21,7 @@ from timm.task import (
     TokenDistillationTask,
     TrainingTask,
 )
+from timm.utils import is_primary
 
 import timm_netaug
 
@@ -117,19 +118,20 @@ def set_up_model(args) -> nn.Module:
     return model
 
 
-def _advise_on_head(args, model: nn.Module) -> None:
-    """Warn if a new classifier behind pretrained weights starts with so large weights that its gradients destroy them.
+def _warn_of_large_head(args, model: nn.Module) -> None:
+    """Warn if the initial weights of a new classifier are so large that its gradients destroy pretrained weights.
 
-    timm's EfficientNet and MobileNetV3 draw these weights from -r to r, r = 1 / sqrt(classes), whatever the number of
-    features. The remedy is that of NetAug's initial weights, a standard deviation of 0.02 (docs/training.md has
-    figures).
+    timm's EfficientNet, MobileNetV3 and RexNet draw them from -r to r, r = 1 / sqrt(classes), whatever the number of
+    features. The named scale gives a standard deviation of 0.02, as the reference draws classifiers
+    (docs/training.md has measurements).
     """
     head = model.get_classifier() if hasattr(model, 'get_classifier') else None
-    new = isinstance(head, nn.Linear) and head.bias is not None and not head.bias.any()  # no trained biases are all 0
-    if not new or args.resume or args.head_init_scale is not None or not (args.pretrained or args.pretrained_path):
+    new = (args.pretrained or args.pretrained_path) and model.pretrained_cfg.get('num_classes') != model.num_classes
+    if not new or not isinstance(head, nn.Linear) or args.resume or args.head_init_scale is not None:
         return
     std = head.weight.std().item()
-    if std * math.sqrt(head.in_features) > 1:  # the deviation of logits if that of the features is 1
+    # The logits of features with a mean square of 1 have this standard deviation.
+    if std * math.sqrt(head.in_features) > 1 and std > 0.03 and is_primary(args):
         _logger.warning(
             f'The classifier for {head.out_features} classes is new, and its initial weights are so large'
             f' (timm\'s, standard deviation {std:.2g}) that the first steps can destroy the pretrained weights before'
@@ -138,12 +140,20 @@ def _advise_on_head(args, model: nn.Module) -> None:
 
 @torch.no_grad()
 def _set_up_head(args, model: nn.Module) -> None:
-    _advise_on_head(args, model)
+    heads = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    heads = heads if isinstance(heads, (tuple, list)) else [heads]  # distilled models have two
+    parameters = [p for head in heads if isinstance(head, nn.Module) for p in head.parameters()]
+    biases = [head.bias for head in heads if getattr(head, 'bias', None) is not None]
+    for flag, value, found in (
+            ('--head-init-scale', args.head_init_scale, parameters), ('--head-init-bias', args.head_init_bias, biases)):
+        if value is not None and not found:
+            raise UserError(f'{flag}: {args.model} has no such parameters in its classifier, leave the flag out.')
     if args.head_init_scale is not None:
-        for p in model.get_classifier().parameters():
+        for p in parameters:
             p.mul_(args.head_init_scale)
     if args.head_init_bias is not None:
-        nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
+        for bias in biases:
+            nn.init.constant_(bias, args.head_init_bias)
 
 
 def prepare_for_training(args, model: nn.Module, config: Optional[Tuple[Any, Any]], device, dtype) -> nn.Module:
@@ -156,7 +166,8 @@ def prepare_for_training(args, model: nn.Module, config: Optional[Tuple[Any, Any
         UserError: NetAug does not support the model.
     """
     given = args.pretrained or args.pretrained_path or args.initial_checkpoint
-    if given:  # before the classifier gets augmenting weights, which are small
+    if given:  # the tiny network's classifier alone: augment() draws the weights behind it with a deviation of 0.02
+        _warn_of_large_head(args, model)
         _set_up_head(args, model)
     if config is not None:
         try:

@@ -43,7 +43,8 @@ TRAIN_FLAGS = (
              float, metavar='R', excludes={'--resplit': 'the first part of the batch is not erased'}),
         Flag('--netaug-every', 'train the augmented sub-network in every N-th update, with N times the weight (default:'
              ' 1)', int, metavar='N'),
-        Flag('--netaug-init', 'without --netaug: start from the weights that a training with --netaug starts from'),
+        Flag('--netaug-init', 'without --netaug: start from the weights that a training with --netaug and the same'
+             ' --netaug-from-stage starts from'),
     )),
     Group('Dataset', (
         *DATASET,
@@ -471,7 +472,7 @@ def netaug_config(args: argparse.Namespace) -> Optional[Tuple[NetAugConfig, NetA
     if args.netaug_no_sort:
         fields['sort'] = False
     if args.netaug_init:
-        unused = sorted({*fields} - {'width_mults', 'expand_mults', 'divisor'})
+        unused = sorted({*fields} - {'width_mults', 'expand_mults', 'divisor', 'from_stage'})
         if args.netaug:
             raise UserError('--netaug-init does nothing with --netaug, which starts from these weights: leave it out.')
         if unused:

@@ -98,8 +98,8 @@ def read_class_map(class_map: Union[str, Mapping[str, int]], root: str) -> Dict[
     """Return labels by class name.
 
     Args:
-        class_map: A mapping; or a text file with one name on each line, in label order (`NAME`, or `LABEL NAME` with
-            labels counted from 0 or 1); or a .pkl file as timm reads it. The file may lie below `root`.
+        class_map: A mapping; or a text file with one name on each line, in label order (`NAME`, or `NUMBER NAME`
+            with numbers from 0 or from 1); or a .pkl file as timm reads it. The file may lie below `root`.
 
     Raises:
         UserError: The file does not exist, is not UTF-8, or lists a name twice.
@@ -113,8 +113,9 @@ def read_class_map(class_map: Union[str, Mapping[str, int]], root: str) -> Dict[
     with rewording(f'--class-map {class_map}', UnicodeDecodeError, hint='Save the file as UTF-8.'), \
             open(path, encoding='utf-8-sig') as f:
         lines: List[str] = [line.strip() for line in f if line.strip()]
-    if any(all(line.split(None, 1)[0] == str(i) and ' ' in line for i, line in enumerate(lines, first))
-           for first in (0, 1)):
+    numbered = any(all(line.split(None, 1)[0] == str(i) and len(line.split(None, 1)) == 2
+                       for i, line in enumerate(lines, first)) for first in (0, 1))
+    if numbered and not any(os.path.isdir(os.path.join(root, line)) for line in lines):  # '1 cat' may be a folder
         lines = [line.split(None, 1)[1] for line in lines]
     twice = [name for name, count in Counter(lines).items() if count > 1]
     if twice:
