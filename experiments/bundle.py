@@ -28,7 +28,7 @@ class Bundled(NamedTuple):
 
 
 BUNDLED = {  # ARCH.TAG; a tag with `netaug` is of weights trained with NetAug
-    'netaug_mbv2_tiny.netaug_cifar10': Bundled('cifar10_64', 'stage-3', 'plain'),
+    'netaug_mbv2_tiny.netaug_cifar10': Bundled('cifar10_64', 'stage-3', 'plain-trunk-init'),
     'netaug_mbv2_035.netaug_cifar10': Bundled('cifar10_64_models', 'netaug_mbv2_035-stage-3'),
     'netaug_mbv3_035.cifar10': Bundled('cifar10_64_models', 'netaug_mbv3_035-init-16'),
     'netaug_proxylessnas_035.cifar10': Bundled('cifar10_64_models', 'netaug_proxylessnas_035-init-16'),
