@@ -9,8 +9,8 @@ It is left out for runs on a GPU.
 
 Pictures name a row by its method, which follows from its flags, and by its field `detail`, which sets it apart from
 other rows of that method. Each method has one colour in all pictures (timm_netaug/cli/style.py). The rows that the
-field `curves` of the YAML file lists are drawn as curves, in that order; with `training_curves: true`, dotted lines show
-their accuracy in training, too.
+field `curves` of the YAML file lists are drawn as curves, in that order. With `training_curves: true`, dotted lines
+show their accuracy in training, too.
 """
 import csv
 import json

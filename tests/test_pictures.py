@@ -11,6 +11,7 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from conftest import ROOT
@@ -136,6 +137,11 @@ def test_pictures_of_experiments(path):
                     content['title'], rows, content['curves'], content.get('training_curves', False))
                 # In the style, by which matplotlib chooses ticks each time that it draws.
                 assert {content['title'], *(row.label for row in rows)} <= assert_readable(figure)
+            if content.get('training_curves'):
+                lines = [list(line.get_ydata()) for line in figure.findobj(Line2D) if line.get_linestyle() == ':']
+                shown = [row for row in rows if row.name in content['curves']]
+                assert shown or rows is not everything
+                assert all(list(row.course('train_top1')[0]) in lines for row in shown)
             for axes in figure.findobj(Axes):
                 for tick in axes.get_yticklabels():
                     for row in rows:

@@ -323,6 +323,17 @@ def test_new_classifier_behind_pretrained_weights(flags, warned, caplog, tmp_pat
     assert all(0.017 < head.weight.std() * scale < 0.023 for scale in scales)
 
 
+def test_plain_training_from_the_weights_of_a_later_stage():
+    """--netaug-init with --netaug-from-stage starts from the very weights of --netaug with it."""
+    flags = ['--model', 'netaug_mbv2_tiny', '--netaug-from-stage', '3']
+    _, plain = prepared(*flags, '--netaug-init')
+    _, supernet = prepared(*flags, '--netaug')
+    want = timm_netaug.export(supernet).state_dict()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in plain.state_dict().items())
+    _, other = prepared('--model', 'netaug_mbv2_tiny', '--netaug-init')
+    assert not torch.equal(other.blocks[1][0].conv_pw.weight, want['blocks.1.0.conv_pw.weight'])
+
+
 def test_scale_of_a_new_classifier():
     """With NetAug, the scale is that of the tiny network's classifier; what augments it has small weights already."""
     wide = ['--model', 'netaug_mbv2_035', '--pretrained', '--num-classes', '2', '--netaug']

@@ -113,10 +113,11 @@ def read_class_map(class_map: Union[str, Mapping[str, int]], root: str) -> Dict[
     with rewording(f'--class-map {class_map}', UnicodeDecodeError, hint='Save the file as UTF-8.'), \
             open(path, encoding='utf-8-sig') as f:
         lines: List[str] = [line.strip() for line in f if line.strip()]
-    numbered = any(all(line.split(None, 1)[0] == str(i) and len(line.split(None, 1)) == 2
-                       for i, line in enumerate(lines, first)) for first in (0, 1))
+    parts = [line.split(None, 1) for line in lines]
+    counted = [[str(i) for i in range(first, first + len(lines))] for first in (0, 1)]
+    numbered = all(len(part) == 2 for part in parts) and [part[0] for part in parts] in counted
     if numbered and not any(os.path.isdir(os.path.join(root, line)) for line in lines):  # '1 cat' may be a folder
-        lines = [line.split(None, 1)[1] for line in lines]
+        lines = [name for _, name in parts]
     twice = [name for name, count in Counter(lines).items() if count > 1]
     if twice:
         raise UserError(f'--class-map {class_map}: the name {twice[0]} is listed twice.')
