@@ -9,8 +9,9 @@ It is left out for runs on a GPU.
 
 Pictures name a row by its method, which follows from its flags, and by its field `detail`, which sets it apart from
 other rows of that method. Each method has one colour in all pictures (timm_netaug/cli/style.py). The rows that the
-field `curves` of the YAML file lists are drawn as curves, in that order. With `training_curves: true`, dotted lines
-show their accuracy in training, too.
+field `curves` of the YAML file lists are drawn as curves, in that order, those of each model in panels of their own.
+With `training_curves: true`, dotted lines show their accuracy in training, too. Mixed images (mixup, CutMix) have no
+accuracy in training.
 """
 import csv
 import json
@@ -60,12 +61,13 @@ class Row(NamedTuple):
         return {2: ':', 4: '--'}.get(self.flags.get('netaug_from_stage'), '-')
 
     def course(self, column: str) -> Tuple[np.ndarray, np.ndarray]:
-        """Return mean and standard deviation over the seeds, for every epoch."""
-        values = np.array([[float(epoch[column]) for epoch in curve] for curve in self.curves])
+        """Return mean and standard deviation over the seeds, for every epoch; nan where there is no value."""
+        values = np.array([[float(epoch[column] or 'nan') for epoch in curve] for curve in self.curves])
         return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
 
     def last(self, column: str) -> List[float]:
-        return [float(curve[-1][column]) for curve in self.curves]
+        """Return the values after the last epoch, of the seeds that have one."""
+        return [float(curve[-1][column]) for curve in self.curves if curve[-1][column]]
 
 
 def read(path: Path) -> List[Row]:
@@ -97,7 +99,9 @@ def label_of(run: Run, content: Dict[str, Any]) -> str:
 
 
 def spread(values: List[float], digits: int = 1) -> str:
-    """Return the mean, and the standard deviation where there is more than one value."""
+    """Return the mean, and the standard deviation where there is more than one value; '' where there is none."""
+    if not values:
+        return ''
     text = f'{statistics.mean(values):.{digits}f}'
     return text if len(values) == 1 else f'{text} ± {statistics.stdev(values):.{digits}f}'
 
@@ -127,25 +131,27 @@ def table(rows: List[Row]) -> str:
 def picture(title: str, rows: List[Row], shown: List[str], training: bool = False) -> Figure:
     """Draw accuracy over epochs and over processor time of the rows in `shown`, and the end of every row as dots.
 
-    A row without a known cost is left out of the panel over processor time alone. With `training`, the panel over
-    epochs shows the accuracy in training, too.
+    Each model has panels of its own. A row without a known cost is left out of the panel over processor time alone.
+    With `training`, the panel over epochs shows the accuracy in training, too, and there is none over processor time.
     """
     headline = sorted((row for row in rows if row.name in shown), key=lambda row: shown.index(row.name))
-    costly = [row for row in headline if cost(row, rows) is not None]
     groups = sorted({row.model for row in rows})
-    heights = [3.5] * bool(headline) + [3.5] * bool(costly) + [1 + 0.27 * (len(rows) + len(groups) * (len(groups) > 1))]
+    by_model = [[row for row in headline if row.model == model] for model in dict.fromkeys(r.model for r in headline)]
+    costly = [] if training else [[row for row in these if cost(row, rows) is not None] for these in by_model]
+    costly = [these for these in costly if these]
+    heights = [3.5] * len(by_model + costly) + [1 + 0.27 * (len(rows) + len(groups) * (len(groups) > 1))]
     figure = new_figure(10, sum(heights) + 0.5)
     figure.suptitle(title, x=0.02, ha='left')
     parts = figure.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0]
     panels = [part.subplots() for part in parts]  # each with margins of its own
     draw_ends(panels[-1], rows, groups)
-    only = f' of {headline[0].model}' if headline and len(groups) > 1 else ''
-    labels = []
-    if headline:
-        labels.append((panels[0], draw_epochs(panels[0], headline, only, training)))
-    if costly:
-        labels.append((panels[1], draw_costs(panels[1], costly, rows, only)))
-    for axes, these in labels:  # last, when the layout is settled
+
+    def of(these: List[Row]) -> str:
+        return f' of {these[0].model}' if len(groups) > 1 else ''
+
+    labels = [draw_epochs(axes, these, of(these), training) for axes, these in zip(panels, by_model)]
+    labels += [draw_costs(axes, these, rows, of(these)) for axes, these in zip(panels[len(by_model):], costly)]
+    for axes, these in zip(panels, labels):  # last, when the layout is settled
         low, new_low = axes.get_ylim()[0], min(label.y for label in these) - 15
         if new_low > low + 5:  # the first epochs may lie below the panel, so that the ends can be told apart
             axes.set_ylim(new_low, None)
@@ -203,7 +209,8 @@ def draw_ends(axes: Axes, rows: List[Row], groups: List[str]) -> None:
             y = len(places)
             places, names, colours = places + [y], names + [row.label], colours + [text_colour(row.colour)]
             top1, in_training = row.last('eval_top1'), row.last('train_top1')
-            axes.plot(statistics.mean(in_training), y, 'o', markersize=6, color=row.colour, markerfacecolor='white')
+            if in_training:
+                axes.plot(statistics.mean(in_training), y, 'o', markersize=6, color=row.colour, markerfacecolor='white')
             axes.errorbar(statistics.mean(top1), y, xerr=statistics.stdev(top1) if len(top1) > 1 else None, fmt='o',
                           markersize=7, capsize=3, color=row.colour)
             relative = cost(row, rows)

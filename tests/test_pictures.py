@@ -100,6 +100,7 @@ def test_methods():
             ({}, 'plain-timm-init', "plain training, timm's initial weights"),
             (dict(pretrained_path='weights.pth'), 'plain', 'plain training'),
             (dict(netaug_init=True), 'plain', 'plain training'),
+            (dict(netaug_init=True, mixup=0.2), 'regularised', 'regularised training'),
             (dict(kd_model_name='resnet18'), 'teacher', 'plain training with a teacher'),
             (dict(netaug=True), 'widths', "NetAug, the paper's schedule"),
             (dict(netaug=True, netaug_stop_width_at=0), 'expansions', 'NetAug, expansions alone'),
@@ -118,8 +119,9 @@ def rows_of(path, seeds=1):
     for run in report.read_experiment(str(path)):
         rows.setdefault(run.row, run)
     return [report.Row(
-        name, 'about', run.epochs, [[dict(eval_top1=str(s + 90 * (1 - 2 ** -e)), train_top1='20') for e in range(
-            run.epochs)] for s in range(seeds)], [100.0 + i], report.unit_of(name, content),
+        name, 'about', run.epochs, [[dict(
+            eval_top1=str(s + 90 * (1 - 2 ** -e)), train_top1='' if run.flags.get('mixup') else '20') for e in range(
+                run.epochs)] for s in range(seeds)], [100.0 + i], report.unit_of(name, content),
         report.label_of(run, content), run.flags) for i, (name, run) in enumerate(rows.items())]
 
 

@@ -16,9 +16,11 @@ from matplotlib.transforms import Bbox
 __all__ = ['AUGMENTED', 'BLACK', 'GREY', 'Label', 'METHODS', 'Method', 'PURPLE', 'SKY_BLUE', 'TINY', 'add_labels',
            'augments_widths', 'method_name', 'method_of', 'new_figure', 'style', 'text_colour']
 
-# The palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), which colour-blind readers can see, and a grey.
+# The palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), which colour-blind readers can see, a grey, and a
+# brown that is darker than all of its colours but black.
 BLACK, ORANGE, SKY_BLUE, GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'
 BLUE, VERMILION, PURPLE, GREY = '#0072B2', '#D55E00', '#CC79A7', '#8C8C8C'
+BROWN = '#6B3F1D'
 
 
 class Method(NamedTuple):
@@ -30,6 +32,7 @@ class Method(NamedTuple):
 METHODS: Dict[str, Method] = {
     'plain': Method('plain training', BLACK),
     'plain-timm-init': Method("plain training, timm's initial weights", GREY),
+    'regularised': Method('regularised training', BROWN),
     'teacher': Method('plain training with a teacher', ORANGE),
     'stage': Method('NetAug, expansions from {stage}', GREEN),
     'stage-widths': Method('NetAug, widths and expansions from {stage}', SKY_BLUE),
@@ -100,6 +103,8 @@ def method_of(flags: Dict[str, Any]) -> str:
     if not flags.get('netaug'):
         if flags.get('kd_model_name'):
             return 'teacher'
+        if any(flags.get(name) for name in ('aa', 'cutmix', 'drop', 'drop_path', 'mixup', 'reprob')):
+            return 'regularised'
         given = ('netaug_init', 'pretrained', 'pretrained_path', 'initial_checkpoint')
         return 'plain' if any(flags.get(name) for name in given) else 'plain-timm-init'
     if flags.get('netaug_distill'):
