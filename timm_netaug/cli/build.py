@@ -30,8 +30,8 @@ from ..fetch import local_name
 from ..io.checkpoint import check_finite, count_classes, read_weights
 from ..load import load_model
 from ..reference import checkpoint_filter_fn
-from .train_flags import loss_of, netaug_config
 from .device import uses_channels_last
+from .train_flags import given_weights, loss_of, netaug_config
 
 __all__ = ['set_up_model', 'set_up_task', 'set_up_teacher', 'prepare_for_training']
 
@@ -165,7 +165,7 @@ def prepare_for_training(args, model: nn.Module, config: Optional[Tuple[Any, Any
     Raises:
         UserError: NetAug does not support the model.
     """
-    given = args.pretrained or args.pretrained_path or args.initial_checkpoint
+    given = given_weights(args)
     if given:  # the tiny network's classifier alone: augment() draws the weights behind it with a deviation of 0.02
         _warn_of_large_head(args, model)
         _set_up_head(args, model)

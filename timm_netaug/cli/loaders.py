@@ -12,6 +12,7 @@ from ..errors import UserError, rewording
 from ..io.data import check_channels, check_split, class_names, encode_targets, labels_of_folder, open_dataset
 from .common_flags import data_source, target_of
 from .flags import flag_name
+from .train_flags import given_weights
 
 __all__ = ['Splits', 'open_splits', 'set_up_loaders']
 
@@ -56,8 +57,7 @@ def open_splits(args, channels: int) -> Splits:
         raise UserError(f'The two splits have different classes ({", ".join(odd[:5])}), so their labels would not'
                         f' agree: correct the folders, or give the classes with --class-map.')
     unseen = labels_of_folder(validation) - labels_of_folder(train)
-    from_scratch = not (args.pretrained or args.pretrained_path or args.initial_checkpoint or args.resume)
-    if names and unseen and from_scratch:
+    if names and unseen and not given_weights(args) and not args.resume:
         raise UserError(f'The class {names[min(unseen)]} has images in {args.val_split} and none in'
                         f' {args.train_split}: it would never be learned.')
     if names:

@@ -13,7 +13,8 @@ from ..errors import UserError
 from .common_flags import COMPUTE, DATASET, INPUT, INTERPOLATIONS, TARGETS
 from .flags import Flag, Group, all_flags, build_parser, check_flags, flag_name, given_flags
 
-__all__ = ['FREE_FLAGS', 'TRAIN_FLAGS', 'check_train_args', 'loss_of', 'netaug_config', 'train_parser']
+__all__ = ['FREE_FLAGS', 'TRAIN_FLAGS', 'check_train_args', 'given_weights', 'loss_of', 'netaug_config',
+           'train_parser']
 
 
 def _stage(value: str) -> Any:
@@ -356,6 +357,12 @@ def check_train_args(args: argparse.Namespace) -> None:
         raise UserError('--resume auto needs --experiment: the name of the folder that it looks for a checkpoint in.')
 
 
+def given_weights(args: argparse.Namespace) -> str:
+    """Return the flag that gives the model's initial weights, '' for a model that is trained from scratch."""
+    given = [name for name in ('pretrained', 'pretrained_path', 'initial_checkpoint') if getattr(args, name)]
+    return flag_name(given[0]) if given else ''
+
+
 def loss_of(args: argparse.Namespace) -> str:
     """Return timm's name of the loss that the flags choose."""
     chosen = 'jsd' if args.jsd_loss else 'bce' if args.bce_loss else args.loss
@@ -477,8 +484,8 @@ def netaug_config(args: argparse.Namespace) -> Optional[Tuple[NetAugConfig, NetA
             raise UserError('--netaug-init does nothing with --netaug, which starts from these weights: leave it out.')
         if unused:
             raise UserError(f'{flag_name(f"netaug_{unused[0]}")} does nothing with --netaug-init: leave it out.')
-        if args.pretrained or args.pretrained_path or args.initial_checkpoint:
-            raise UserError('--netaug-init is for a training from scratch: leave it out, or the pretrained weights.')
+        if given_weights(args):
+            raise UserError(f'--netaug-init is for a training from scratch: leave it out, or {given_weights(args)}.')
     elif not args.netaug:
         if fields:
             raise UserError('NetAug flags do nothing without --netaug: add it, or leave them out.')
