@@ -52,7 +52,7 @@ from timm_netaug.errors import UserError
 from timm_netaug.fits import Board, check_fits, parse_board
 from timm_netaug.info import describe
 from timm_netaug.io.data import DataSource
-from timm_netaug.load import load_model
+from timm_netaug.load import LoadedModel, load_model
 
 NAME = 'netaug_mbv2_tiny.netaug_cifar10'
 SIZE = bundled_cfgs()[NAME]['input_size'][-1]
@@ -61,6 +61,8 @@ HAS_EXTRA = all(map(importlib.util.find_spec, ('litert_torch', 'ai_edge_quantize
 needs_metric = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ('torchmetrics', 'faster_coco_eval'))), reason='no [detection]')
 needs_extra = pytest.mark.skipif(not HAS_EXTRA, reason="the packages of [deploy] (1 GB) are not installed")
+HAS_ONNX = all(map(importlib.util.find_spec, ('onnx', 'onnxscript', 'onnxruntime')))
+needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason='the packages of [onnx] are not installed')
 REPORT = dict(
     model='a_model', architecture='netaug_mcunet', file='model.tflite', bytes=20, num_classes=2,
     class_names=['a "b"', 'c'], float_top1=60.0, int8_top1=59.5, agreement=98.0, images=1000, split='validation',
@@ -115,9 +117,9 @@ def test_kernels_of_one_pixel_stay():
     assert found[0].flash_bytes == found[1].flash_bytes and found[0].activation_bytes == found[1].activation_bytes
 
 
-def shifting(bias=False, padding=0):
+def shifting(bias=False, padding=0, channels=2):
     """A convolution whose weights all lie just below half a step, but the largest: rounding takes them to zero."""
-    conv = nn.Conv2d(3, 2, 3, bias=bias, padding=padding)
+    conv = nn.Conv2d(3, channels, 3, bias=bias, padding=padding)
     with torch.no_grad():
         conv.weight.fill_(0.49 / 127)
         conv.weight[:, 0, 1, 1] = 1
@@ -899,3 +901,41 @@ def test_file_has_the_mean_of_the_model():
     with torch.inference_mode():
         expected = model(normalised(pixels, config)).numpy()
     assert abs((found - expected).mean()) < 2 * file.outputs[0].scale
+
+
+def run_onnx(path, pixels):
+    import onnxruntime
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    x = np.moveaxis(pixels, -1, 1).astype(np.float32) / 255
+    return np.concatenate([session.run(None, dict(pixels=image[None]))[0] for image in x])
+
+
+@needs_onnx
+def test_onnx(pictures, tmp_path):
+    """The float file computes what the model computes, the int8 file nearly so."""
+    loaded, source = load_model(NAME), DataSource(str(pictures))
+    report = deploy_onnx(loaded, NAME, str(tmp_path), source, DeployConfig(max_drop=100))
+    assert report == json.loads((tmp_path / 'report_onnx.json').read_text()) and report['images'] == 20
+    assert {path.name: path.stat().st_size for path in tmp_path.glob('*.onnx')} == report['bytes']
+    pixels = calibration_pixels(loaded, source, DeployConfig())[0]
+    with torch.inference_mode():
+        logits = loaded.model.eval()(normalised(pixels, loaded.data_config)).numpy()
+    # 1e-3: kernels that sum in another order
+    np.testing.assert_allclose(run_onnx(tmp_path / 'model.onnx', pixels), logits, rtol=0, atol=1e-3)
+    assert np.corrcoef(run_onnx(tmp_path / 'model_int8.onnx', pixels).ravel(), logits.ravel())[0, 1] > 0.98
+
+
+@needs_onnx
+def test_onnx_has_the_mean_of_the_model(pictures, tmp_path):
+    """As `test_file_has_the_mean_of_the_model`."""
+    model = nn.Sequential(shifting(channels=10), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    model.num_classes = 10
+    config = dict(input_size=(3, SIZE, SIZE), mean=(0.,) * 3, std=(1.,) * 3, interpolation='bilinear', crop_pct=1.0,
+                  crop_mode='center')
+    loaded, source = LoadedModel(model, 'a net', config, CLASSES), DataSource(str(pictures))
+    deploy_onnx(loaded, 'a net', str(tmp_path), source, DeployConfig(max_drop=100))
+    pixels = calibration_pixels(loaded, source, DeployConfig())[0]
+    with torch.inference_mode():
+        expected = model(normalised(pixels, config)).numpy()
+    step = (expected.max() - expected.min()) / 255
+    assert abs((run_onnx(tmp_path / 'model_int8.onnx', pixels) - expected).mean()) < 2 * step

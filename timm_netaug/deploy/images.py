@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..evaluate import open_split
 from ..io.data import DataSource, check_channels
 
-__all__ = ['batches', 'normalised', 'open_pixels', 'spread']
+__all__ = ['batches', 'normalised', 'open_pixels', 'spread', 'with_black_and_white']
 
 
 def open_pixels(
@@ -82,3 +82,8 @@ def normalised(pixels: np.ndarray, data_config: Mapping[str, Any]) -> torch.Tens
     """Return the input of the PyTorch model for pixels of N x H x W x C."""
     mean, std = (torch.tensor(data_config[key], dtype=torch.float32) for key in ('mean', 'std'))
     return ((torch.from_numpy(pixels).float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+def with_black_and_white(pixels: np.ndarray) -> np.ndarray:
+    """Put a black and a white image in front of pixels of N x H x W x C, so that the scale of the input is 1 / 255."""
+    return np.concatenate([np.stack([np.full_like(pixels[0], value) for value in (0, 255)]), pixels])

@@ -17,7 +17,8 @@ from ..errors import UserError, first_line
 from ..io.atomic import atomic_write
 from ..io.data import DataSource
 from ..load import LoadedModel
-from .images import batches
+from .images import batches, with_black_and_white
+from .int8_weights import with_int8_weights
 from .output import captured
 from .packages import require, versions
 from .pipeline import DeployConfig, calibration_pixels, check_classes, check_drop, measured_images
@@ -36,7 +37,7 @@ def _inputs(pixels: np.ndarray) -> np.ndarray:
 
 
 def _export(model: nn.Module, data_config: Mapping[str, Any], path: Path, name: str) -> nn.Module:
-    """Write the float file, with the normalisation in it; returns the PyTorch model that it must agree with."""
+    """Write a float file, with the normalisation in it; returns the PyTorch model that it must agree with."""
     whole = on_pixels(model, data_config)
     try:
         with captured():
@@ -50,13 +51,13 @@ def _export(model: nn.Module, data_config: Mapping[str, Any], path: Path, name: 
 
 
 def _quantise(path: Path, target: Path, pixels: np.ndarray) -> None:
-    """Write the int8 file, calibrated with the minima and maxima over pixels."""
+    """Write the int8 file of a float file, calibrated with the minima and maxima over pixels."""
     quantization = require('onnxruntime.quantization', 'onnx')
     preprocess = require('onnxruntime.quantization.shape_inference', 'onnx').quant_pre_process
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
-            self.images: Iterator[np.ndarray] = iter(_inputs(pixels))
+            self.images: Iterator[np.ndarray] = iter(_inputs(with_black_and_white(pixels)))
 
         def get_next(self) -> Optional[Dict[str, np.ndarray]]:
             image = next(self.images, None)
@@ -102,10 +103,11 @@ def deploy_onnx(
     evaluated, indices = measured_images(loaded, source, config)
     pixels, calibration = calibration_pixels(loaded, source, config)
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, file) for file in (_FLOAT, _INT8)]
+        paths, rounded = [Path(folder, file) for file in (_FLOAT, _INT8)], Path(folder, 'rounded.onnx')
         say(f'Writing {name} as ONNX and calibrating with {len(pixels)} images.')
         whole = _export(model, data_config, paths[0], name)
-        _quantise(*paths, pixels)
+        _export(with_int8_weights(model, pixels, data_config), data_config, rounded, name)
+        _quantise(rounded, paths[1], pixels)
         run_float, run_int8 = map(_session, paths)
         x = _inputs(next(batches(evaluated, indices[:config.compared_images], config.compared_images))[0])
         with torch.inference_mode():

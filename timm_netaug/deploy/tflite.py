@@ -8,17 +8,15 @@ import torch
 import torch.nn as nn
 
 from ..errors import UserError, first_line
-from .equalise import with_equal_channels
-from .images import normalised
+from .images import with_black_and_white
+from .int8_weights import with_int8_weights
 from .output import captured
 from .packages import require
 from .repair import check_all_int8, repair
 from .rewrite import on_pixels, with_same_kernels
-from .rounding import with_rounded_weights
 
 __all__ = ['to_tflite']
 
-_CORRECTED = 64 * 224 ** 2  # pixels that channels and weights are changed by; their activations lie in memory together
 _SIGNATURE = 'serving_default'  # of a file of litert-torch that says no other
 
 
@@ -98,13 +96,8 @@ def to_tflite(
     input_size = tuple(data_config['input_size'])
     if same_kernels:
         model = with_same_kernels(model, input_size)
-    count = min(64, max(8, _CORRECTED // (input_size[1] * input_size[2])), len(images))
-    chosen = np.linspace(0, len(images) - 1, count).astype(int)
-    x = normalised(images[chosen], data_config)
-    model = with_rounded_weights(with_equal_channels(model, x), x)
+    model = with_int8_weights(model, images, data_config)
     float_file = _to_float(on_pixels(model, data_config), input_size, name)
-    ends = np.stack([np.full_like(images[0], value) for value in (0, 255)])
-    pixels = np.concatenate([ends, images]).astype(np.float32) / 255
-    data = repair(_quantise(float_file, pixels, name))
+    data = repair(_quantise(float_file, with_black_and_white(images).astype(np.float32) / 255, name))
     check_all_int8(data, name)
     return data
