@@ -911,12 +911,17 @@ def run_onnx(path, pixels):
 
 
 @needs_onnx
-def test_onnx(pictures, tmp_path):
+def test_onnx(pictures, tmp_path, capsys):
     """The float file computes what the model computes, the int8 file nearly so."""
-    loaded, source = load_model(NAME), DataSource(str(pictures))
-    report = deploy_onnx(loaded, NAME, str(tmp_path), source, DeployConfig(max_drop=100))
-    assert report == json.loads((tmp_path / 'report_onnx.json').read_text()) and report['images'] == 20
+    deploy_command.main([
+        NAME, str(tmp_path), '--data-dir', str(pictures), '--format', 'onnx', '--max-drop', '100'])
+    report, told = json.loads((tmp_path / 'report_onnx.json').read_text()), capsys.readouterr().out
     assert {path.name: path.stat().st_size for path in tmp_path.glob('*.onnx')} == report['bytes']
+    for part in (f'{report["int8_top1"]:.2f} % (the same class as float for {report["agreement"]:.2f} %)',
+                 f'{report["float_top1"]:.2f} % of 20 images', f'1 x 3 x {SIZE} x {SIZE} float32',
+                 f'{report["bytes"]["model_int8.onnx"]:,} bytes', f'Written to {tmp_path} in'):
+        assert part in told
+    loaded, source = load_model(NAME), DataSource(str(pictures))
     pixels = calibration_pixels(loaded, source, DeployConfig())[0]
     with torch.inference_mode():
         logits = loaded.model.eval()(normalised(pixels, loaded.data_config)).numpy()

@@ -1,16 +1,15 @@
 """A model as an int8 file: `python -m timm_netaug deploy CHECKPOINT|NAME OUT_DIR --data-dir DATA`."""
 import argparse
-import json
 import logging
 import os
 import time
 from functools import partial
-from typing import Callable, Optional, Sequence
+from typing import Optional, Sequence
 
 from ..deploy.detector import deploy_detector
 from ..deploy.onnx import deploy_onnx
 from ..deploy.pipeline import DeployConfig, deploy
-from ..deploy.report import text_table
+from ..deploy.report import onnx_table, text_table
 from ..detection.fcos import STRIDES
 from ..detection.folder import load_trained
 from ..errors import UserError, exit_on_user_error
@@ -75,14 +74,6 @@ def _name(source: str) -> str:
     return os.path.basename(os.path.abspath(path)) if os.path.exists(path) else source
 
 
-def _onnx(args: argparse.Namespace, loaded: LoadedModel, config: DeployConfig, with_board: bool,
-          say: Callable[[str], None]) -> None:
-    if with_board or args.beside or args.no_same_kernels:
-        raise UserError('--fits, --beside and --no-same-kernels are for --format tflite: leave them out.')
-    report = deploy_onnx(loaded, _name(args.source), args.out_dir, _source(args, loaded), config, say)
-    print(json.dumps(report, indent=2))
-
-
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = _parser().parse_args(argv)
     logging.getLogger('timm').setLevel(logging.ERROR)
@@ -102,6 +93,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             beside=tuple(args.beside),
         )
         say = partial(print, flush=True)
+
+        def written(table: str, files: str) -> None:
+            say(f'\n{table}\n\nWritten to {args.out_dir} in {time.monotonic() - start:.0f} s: {files}.')
+
         if detector is not None:
             refuse_for_detector(args, 'dataset', 'class_map', 'beside', 'model', 'img_size')
             if args.format == 'onnx':
@@ -111,12 +106,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         else:
             loaded = load_model(args.source, args.model, args.use_ema or None, flags=dict(img_size=args.img_size))
             if args.format == 'onnx':
-                _onnx(args, loaded, config, board is not None, say)
+                if board or args.beside or args.no_same_kernels:
+                    raise UserError('--fits, --beside and --no-same-kernels are for --format tflite: leave them out.')
+                report = deploy_onnx(loaded, _name(args.source), args.out_dir, _source(args, loaded), config, say)
+                written(onnx_table(report), 'model.onnx, model_int8.onnx, report_onnx.json')
                 return
             report = deploy(loaded, _name(args.source), args.out_dir, _source(args, loaded), config, say)
             model, input_size, step = loaded.model, loaded.data_config['input_size'], {}
-        print(f'\n{text_table(report)}\n\nWritten to {args.out_dir} in {time.monotonic() - start:.0f} s:'
-              f' model.tflite, model.h, model.cc, report.json.', flush=True)
+        written(text_table(report), 'model.tflite, model.h, model.cc, report.json')
         if board:
             info = describe(model, input_size, samples=1, same_kernels=config.same_kernels)
             measured = dict(arena=report['arena']['total'], flash=report['bytes'])

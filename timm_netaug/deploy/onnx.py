@@ -108,27 +108,37 @@ def deploy_onnx(
         whole = _export(model, data_config, paths[0], name)
         _export(with_int8_weights(model, pixels, data_config), data_config, rounded, name)
         _quantise(rounded, paths[1], pixels)
-        run_float, run_int8 = map(_session, paths)
+        runs = dict(zip(('float', 'int8'), map(_session, paths)))
         x = _inputs(next(batches(evaluated, indices[:config.compared_images], config.compared_images))[0])
         with torch.inference_mode():
-            difference = float(np.abs(run_float(x) - whole(torch.from_numpy(x)).numpy()).max())
+            difference = float(np.abs(runs['float'](x) - whole(torch.from_numpy(x)).numpy()).max())
         if difference > _TOLERANCE:
             raise UserError(f'The logits of the ONNX file differ from those of PyTorch by {difference:.2g} on {len(x)}'
                             f' images, and {_TOLERANCE:g} is tolerated: the file is not good, nothing was written.')
         say(f'Measuring top-1 on {len(indices):,} images.')
-        right = dict(float=0, int8=0)
+        right, same = dict(float=0, int8=0), 0
         with tqdm(total=len(indices), desc='Measure', unit='image', leave=False, disable=None) as bar:
             for images, labels in batches(evaluated, indices):
-                right['float'] += int((run_float(_inputs(images)).argmax(1) == labels).sum())
-                right['int8'] += int((run_int8(_inputs(images)).argmax(1) == labels).sum())
+                found = {kind: run(_inputs(images)).argmax(1) for kind, run in runs.items()}
+                right = {kind: count + int((found[kind] == labels).sum()) for kind, count in right.items()}
+                same += int((found['float'] == found['int8']).sum())
                 bar.update(len(labels))
         top1 = {k: 100 * v / len(indices) for k, v in right.items()}
         check_drop(top1['float'], top1['int8'], config.max_drop)
         report = dict(
-            model=name, float_top1=top1['float'], int8_top1=top1['int8'], images=len(indices), split=config.split,
-            largest_difference_of_a_logit=difference, class_names=loaded.class_names and list(loaded.class_names),
+            model=name,
+            class_names=list(loaded.class_names) if loaded.class_names else None,
+            float_top1=top1['float'],
+            int8_top1=top1['int8'],
+            agreement=100 * same / len(indices),
+            images=len(indices),
+            split=config.split,
+            largest_difference_of_a_logit=difference,
             bytes={path.name: path.stat().st_size for path in paths},
-            input='pixels divided by 255, 1 x C x H x W', calibration=calibration, versions=versions('onnx'))
+            input=dict(shape=[1, *data_config['input_size']], values='the pixel divided by 255'),
+            calibration=calibration,
+            versions=versions('onnx'),
+        )
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         for path in paths:
             with atomic_write(Path(out_dir, path.name), 'wb') as f:

@@ -1,7 +1,7 @@
 """What a deployment has measured, as a table for the terminal and as a section of a model card."""
-from typing import Any, List, Mapping, Tuple
+from typing import Any, List, Mapping, Sequence, Tuple
 
-__all__ = ['card_section', 'text_table']
+__all__ = ['card_section', 'onnx_table', 'text_table']
 
 
 def _size(count: int) -> str:
@@ -24,6 +24,13 @@ def _accuracy(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
          f'{_percent(report["int8_top1"])} (the same class as float for {_percent(report["agreement"])})')]
 
 
+def _calibration(report: Mapping[str, Any]) -> Tuple[str, str]:
+    calibrated = report['calibration']
+    of_classes = f' of {calibrated["classes"]} classes' if 'classes' in calibrated else ''
+    return 'calibrated with', (f'{calibrated["images"]} images{of_classes}, {calibrated["split"]} split, seed'
+                               f' {calibrated["seed"]}')
+
+
 def _outputs(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
     def form(output: Mapping[str, Any], shape: str) -> str:
         return f'{shape} int8 (scale {output["scale"]:.6g}, zero point {output["zero_point"]})'
@@ -35,9 +42,8 @@ def _outputs(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
 
 
 def _rows(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
-    arena, estimate, calibrated = report['arena'], report['estimate'], report['calibration']
+    arena, estimate = report['arena'], report['estimate']
     check, source = report['tflm_against_reference'], report['input']
-    of_classes = f' of {calibrated["classes"]} classes' if 'classes' in calibrated else ''
     shape = ' x '.join(map(str, source['shape']))
     rows = [
         *_accuracy(report),
@@ -51,8 +57,7 @@ def _rows(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
         ('input', f'{shape} int8, the pixel minus 128 (scale {source["scale"]:.6g}, zero point'
                   f' {source["zero_point"]})'),
         *_outputs(report),
-        ('calibrated with', f'{calibrated["images"]} images{of_classes},'
-                            f' {calibrated["split"]} split, seed {calibrated["seed"]}'),
+        _calibration(report),
         ('against the reference kernels',
          f'at most {check["steps"]} steps of the output, over {check["images"]} images'),
     ]
@@ -63,12 +68,30 @@ def _rows(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
     return rows
 
 
+def _aligned(title: str, rows: Sequence[Tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return '\n'.join([title, '', *(f'{name:{width}}  {value}' for name, value in rows)])
+
+
 def text_table(report: Mapping[str, Any]) -> str:
     """Return the report as aligned lines."""
-    rows = _rows(report)
-    width = max(len(name) for name, _ in rows)
-    title = f'{report["model"]}, input {" x ".join(map(str, report["input"]["shape"]))}'
-    return '\n'.join([title, '', *(f'{name:{width}}  {value}' for name, value in rows)])
+    return _aligned(f'{report["model"]}, input {" x ".join(map(str, report["input"]["shape"]))}', _rows(report))
+
+
+def onnx_table(report: Mapping[str, Any]) -> str:
+    """Return the report of ONNX files as aligned lines."""
+    shape = ' x '.join(map(str, report['input']['shape']))
+    return _aligned(f'{report["model"]}, input {shape}', [
+        ('top-1, float in onnxruntime',
+         f'{_percent(report["float_top1"])} of {report["images"]:,} images of the {report["split"]} split'),
+        ('top-1, int8 in onnxruntime',
+         f'{_percent(report["int8_top1"])} (the same class as float for {_percent(report["agreement"])})'),
+        *((file, _size(count)) for file, count in report['bytes'].items()),
+        ('input', f'{shape} float32, the pixel divided by 255'),
+        _calibration(report),
+        ('float file against PyTorch',
+         f'logits differ by at most {report["largest_difference_of_a_logit"]:.2g}'),
+    ])
 
 
 def card_section(report: Mapping[str, Any]) -> str:
