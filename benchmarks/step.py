@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,8 +31,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_netaug
 from timm_netaug.cli.device import keep_memory
-from timm_netaug.cli.style import BLACK, METHODS, new_figure, style
+from timm_netaug.cli.style import BLACK, new_figure, style
 from timm_netaug.fused_bn_relu import FUSED
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'experiments'))
+from methods import METHODS  # noqa: E402
 
 TEACHER = 'mobilenetv2_100'
 

@@ -8,7 +8,7 @@ and validation included, one thread), relative to the mean of its unit: the row 
 It is left out for runs on a GPU.
 
 Pictures name a row by its method, which follows from its flags, and by its field `detail`, which sets it apart from
-other rows of that method. Each method has one colour in all pictures (timm_netaug/cli/style.py). The rows that the
+other rows of that method. Each method has one colour in all pictures (methods.py). The rows that the
 field `curves` of the YAML file lists are drawn as curves, in that order, those of each model in panels of their own.
 With `training_curves: true`, dotted lines show their accuracy in training, too. Mixed images (mixup, CutMix) have no
 accuracy in training.
@@ -26,11 +26,11 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from methods import METHODS, augments_widths, method_name, method_of
 from run import HERE, Run, done, read_experiment
 
 sys.path.insert(0, str(HERE.parent))
-from timm_netaug.cli.style import (  # noqa: E402
-    METHODS, Label, add_labels, augments_widths, method_name, method_of, new_figure, style, text_colour)
+from timm_netaug.cli.style import Label, add_labels, new_figure, style, text_colour  # noqa: E402
 
 PAGE = HERE.parent / 'docs' / 'results.md'
 PICTURES = HERE.parent / 'docs' / 'results'

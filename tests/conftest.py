@@ -17,6 +17,8 @@ import timm
 import torch
 
 import timm_netaug
+from timm_netaug.cli.flags import all_flags
+from timm_netaug.cli.train_flags import TRAIN_FLAGS
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / 'shared'  # parity data and image sets, where the project is developed
@@ -24,6 +26,9 @@ MODELS = sorted(timm.list_models('netaug_*'))
 assert len(MODELS) == 5
 # Other names of the families, with every supported kind of block and head among them.
 OTHERS = ['mobilenetv2_035', 'mobilenetv3_small_050', 'mnasnet_small', 'lcnet_035', 'tinynet_e', 'fbnetc_100']
+
+# What may change from a run to the one that continues it: where the run is made and what it reports.
+FREE_FLAGS = ('config', *(flag.dest for flag in all_flags(TRAIN_FLAGS) if flag.free))
 
 # Flags of a run of a few seconds an epoch.
 SMALL_RUN = ['--model', 'test_efficientnet', '--num-classes', 10, '--img-size', 32, '--warmup-epochs', 0, '--lr', 0.05]

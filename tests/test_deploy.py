@@ -547,7 +547,8 @@ def test_missing_extra(pictures, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('flags, told', [
     (['--images', '-1'], '--images must be at least 0'), (['--calibration-images', '0'], 'must be at least 1'),
-    (['--max-drop', '-1'], '--max-drop must be at least 0'), (['--fits', '1', 'x'], '--fits: x is no size')])
+    (['--max-drop', '-1'], '--max-drop must be at least 0'), (['--max-drop', 'nan'], '--max-drop must be at least 0'),
+    (['--fits', '1', 'x'], '--fits: x is no size')])
 def test_flags_out_of_range(flags, told, tmp_path):
     with pytest.raises(SystemExit, match=told):
         deploy_command.main([NAME, str(tmp_path / 'out'), '--data-dir', str(tmp_path), *flags])

@@ -642,6 +642,7 @@ def test_plain_training_learns(coco, tmp_path):
     (['-b', 500], 'fewer images than a batch'),
     (['--netaug', '--netaug-from-stage', 4], 'the network cannot branch before'),
     (['--pretrained-path', 'nowhere.pth'], 'nowhere.pth'),
+    (['--device', 'cuda:99'], '--device cuda:99 cannot be used: '),
 ])
 def test_wrong_flags_are_refused(argv, said, voc, tmp_path):
     done = run_python(
@@ -656,6 +657,13 @@ def test_commands_tell_checkpoints_apart(run_dir, voc, tmp_path):
     torch.save(dict(state_dict={}), tmp_path / 'other.pth')
     done = run_python('validate_detection.py', '--data-dir', voc, '--checkpoint', tmp_path / 'other.pth', check=False)
     assert done.returncode == 1 and 'is not a checkpoint of train_detection.py' in done.stderr
+
+
+@pytest.mark.parametrize('device', ['gpu', 'cuda:99'])
+def test_unknown_device(device, run_dir, voc):
+    done = run_python('validate_detection.py', '--data-dir', voc, '--checkpoint', run_dir / 'last.pth.tar',
+                      '--device', device, check=False)
+    assert done.returncode == 1 and f'error: --device {device}: ' in done.stderr and 'Traceback' not in done.stderr
 
 
 # Metric and pictures

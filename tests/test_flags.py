@@ -72,6 +72,7 @@ def test_netaug_trains_in_channels_last_on_a_cpu(root):
     ('--seed 99999999999999999999', '--seed must be'), ('--poly-epsilon nan', '--poly-epsilon must be a finite number'),
     ('--bce-pos-weight -1', '--bce-pos-weight must be above 0'), ('--crop-pct 95', '--crop-pct must be'),
     ('--experiment ../run', '--experiment ../run leaves the folder of --output'),
+    ('--experiment /run', '--experiment /run leaves the folder of --output'),
 ])
 def test_numbers_out_of_range(flags, said):
     with pytest.raises(UserError, match=re.escape(said)):

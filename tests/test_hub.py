@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 
-from conftest import MODELS, ROOT, SHARED, images, make, readme_block, run_python
+from conftest import FREE_FLAGS, MODELS, ROOT, SHARED, images, make, readme_block, run_python
 from hub_server import serve
 from test_deploy import REPORT
 from test_reference import FILES, reference_names
@@ -28,7 +28,7 @@ from timm_netaug.cli import hub as hub_command
 from timm_netaug.cli import info as info_command
 from timm_netaug.cli import validate as validate_command
 from timm_netaug.cli.command_line import parse_args
-from timm_netaug.cli.train_flags import FREE_FLAGS, train_parser
+from timm_netaug.cli.train_flags import train_parser
 from timm_netaug.cli.build import set_up_model, set_up_teacher
 from timm_netaug.cli.training_record import training_record
 from timm_netaug.deploy.pipeline import _weights_hash
@@ -617,6 +617,8 @@ def test_baseline(run_dir, tmp_path):
     torch.save(twin, tmp_path / 'twin.pth.tar')
     run_python(*push, '--dry-run', tmp_path / 'out')
     assert 'of the same training without NetAug (of another start), of one seed | 12.50 % |' in (tmp_path / 'out/README.md').read_text()
+    done = run_python(*push[:6], '--baseline-about', 'of another start', '--dry-run', tmp_path / 'other', check=False)
+    assert done.returncode == 1 and '--baseline-about does nothing without --baseline' in done.stderr
     for key, value in (('lr', 0.5), ('netaug', True)):
         other = copy.deepcopy(twin)
         setattr(other['args'], key, value)

@@ -16,10 +16,11 @@ from matplotlib.text import Text
 
 from conftest import ROOT
 from timm_netaug.cli.curves import write_curves
-from timm_netaug.cli.style import METHODS, Label, add_labels, method_name, method_of, new_figure, style, text_colour
+from timm_netaug.cli.style import Label, add_labels, new_figure, style, text_colour
 
 sys.path.insert(0, str(ROOT / 'experiments'))
 import report  # noqa: E402
+from methods import METHODS, method_name, method_of  # noqa: E402
 
 EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.yaml'))
 

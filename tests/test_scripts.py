@@ -181,6 +181,18 @@ def test_yaml_says_what_flags_say(tmp_path):
     assert got.opt_kwargs == {'nesterov': False}
 
 
+@pytest.mark.parametrize('last', ['scale: [0.5, 1]', 'wandb_tags: [a]', 'opt_kwargs: {nesterov: false}'])
+def test_data_folder_beside_yaml(last, tmp_path):
+    """A list at the end of the file does not take the folder for one of its values."""
+    file = tmp_path / 'config.yaml'
+    file.write_text(f'data_dir: other\n{last}\n')
+    alone = parse_args(train_parser(), ['-c', str(file)])
+    for argv in (['DATA', '-c', str(file)], ['-c', str(file), 'DATA'], ['-c', str(file), '--data-dir', 'DATA']):
+        args = parse_args(train_parser(), argv)
+        assert args.data_dir == 'DATA'
+        assert (args.scale, args.wandb_tags, args.opt_kwargs) == (alone.scale, alone.wandb_tags, alone.opt_kwargs)
+
+
 def test_run_with_netaug(run_dir):
     rows = list(csv.DictReader((run_dir / 'summary.csv').open()))
     assert list(rows[0]) == ['epoch', 'train_loss', 'train_tiny_loss', 'train_aug_loss', 'train_top1', 'eval_loss',

@@ -450,7 +450,8 @@ def test_devices(run, checkpoint, monkeypatch):
     run('--checkpoint', checkpoint, '--fuser', 'te')
     assert fusers == ['te']
     for argv, said in ((['--num-gpu', 2], '--num-gpu 2: there are 0 GPUs'),
-                       (['--device', 'abacus'], '--device abacus: Expected one of')):
+                       (['--device', 'abacus'], '--device abacus: Expected one of'),
+                       (['--device', 'cuda:99'], '--device cuda:99: ')):
         with pytest.raises(UserError, match=said):
             run('--checkpoint', checkpoint, *argv)
 

@@ -7,11 +7,11 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 import torch.nn as nn
 from timm import create_model
 from timm.data import resolve_input_data_config
-from timm.models import clean_state_dict, is_model, resolve_model_input_args
+from timm.models import is_model, resolve_model_input_args
 
 from .errors import UserError, check_model_name, rewording
 from .fetch import local_name
-from .io.checkpoint import check_finite, count_classes, load_weights, read_checkpoint, read_weights
+from .io.checkpoint import check_finite, count_classes, load_weights, read_checkpoint, read_weights, run_weights
 from .io.folder import load_folder, sample_fields
 from .io.run import RunDescription
 
@@ -82,13 +82,10 @@ def _load_run(path: str, use_ema: Optional[bool], flags: Mapping[str, Any]) -> L
     run = RunDescription.from_checkpoint(checkpoint)
     if run.detector:
         raise UserError(f'{path} is of a detector: use validate_detection.py, or timm_netaug.detection in Python.')
-    use_ema = run.ema if use_ema is None else use_ema
-    key = 'state_dict_ema' if use_ema else 'state_dict'
-    if key not in checkpoint:
-        raise UserError(f'{path} has no {key}: it was trained without --model-ema.')
+    weights = run_weights(checkpoint, run, use_ema, path)
     with rewording(f'{path}: its model cannot be built with this version of timm', RuntimeError, TypeError, ValueError):
         model = create_model(run.architecture, **run.model_args).eval()
-    load_weights(model, clean_state_dict(checkpoint[key]), path)
+    load_weights(model, weights, path)
     config = run.data_config
     given = {k: v for k, v in flags.items() if v not in (None, '', {})}
     if given:

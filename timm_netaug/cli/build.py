@@ -2,7 +2,7 @@
 import logging
 import math
 import os
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -21,7 +21,6 @@ from timm.task import (
     TokenDistillationTask,
     TrainingTask,
 )
-from timm.utils import is_primary
 
 import timm_netaug
 
@@ -31,14 +30,15 @@ from ..io.checkpoint import check_finite, count_classes, read_weights
 from ..load import load_model
 from ..reference import checkpoint_filter_fn
 from .device import uses_channels_last
-from .train_flags import given_weights, loss_of, netaug_config
+from .flags import flag_name
+from .train_flags import given_weights, loss_of, mixes_images, netaug_config
 
 __all__ = ['set_up_model', 'set_up_task', 'set_up_teacher', 'prepare_for_training']
 
 _logger = logging.getLogger('train')
 
 
-def _check_given(args, model: nn.Module) -> None:
+def _check_given(args, model: nn.Module, weights: Mapping[str, Any]) -> None:
     """Refuse a file of weights that lacks tensors of the model other than those of the classifier. timm would train
     these from scratch without an error.
 
@@ -47,13 +47,13 @@ def _check_given(args, model: nn.Module) -> None:
     """
     if type(model) not in (EfficientNet, MobileNetV3):  # older files of other models may have other names
         return
-    given = checkpoint_filter_fn(read_weights(args.pretrained_path), model)
+    given = checkpoint_filter_fn(weights, model)
     head = model.pretrained_cfg.get('classifier') or ''
-    weights = [n for n, _ in model.named_parameters() if n.rpartition('.')[0] != head]
-    missing = [n for n in weights if n not in given]
-    if missing and (args.netaug or 2 * len(missing) > len(weights)):
+    wanted = [n for n, _ in model.named_parameters() if n.rpartition('.')[0] != head]
+    missing = [n for n in wanted if n not in given]
+    if missing and (args.netaug or 2 * len(missing) > len(wanted)):
         raise UserError(f'--pretrained-path: {args.pretrained_path} is of another model than {args.model}:'
-                        f' {len(missing)} of the {len(weights)} tensors of the model are not in the file'
+                        f' {len(missing)} of the {len(wanted)} tensors of the model are not in the file'
                         f' ({", ".join(missing[:2])}).')
 
 
@@ -62,7 +62,7 @@ def set_up_model(args) -> nn.Module:
     check_model_name(args.model)
     for flag in ('pretrained_path', 'initial_checkpoint'):
         if getattr(args, flag) and not os.path.isfile(getattr(args, flag)):
-            raise UserError(f'--{flag.replace("_", "-")}: there is no file {getattr(args, flag)}.')
+            raise UserError(f'{flag_name(flag)}: there is no file {getattr(args, flag)}.')
     if args.initial_checkpoint and not args.initial_checkpoint.lower().endswith(('.npz', '.npy')):
         check_finite(read_weights(args.initial_checkpoint), args.initial_checkpoint)  # reports what is wrong with it
     pretrained, overlay = args.pretrained, dict(args.pretrained_cfg_overlay)
@@ -105,7 +105,7 @@ def set_up_model(args) -> nn.Module:
         raise UserError(f'{args.model} cannot be built: {" ".join(str(e).split())[:300] or type(e).__name__}'
                         + (hint if args.initial_checkpoint else '')) from e
     if args.pretrained_path:
-        _check_given(args, model)
+        _check_given(args, model, weights)
     if isinstance(model, timm_netaug.SuperNet):
         raise UserError('Use --netaug instead of --model-kwargs netaug=...')
     if args.grad_checkpointing:
@@ -131,7 +131,7 @@ def _warn_of_large_head(args, model: nn.Module) -> None:
         return
     std = head.weight.std().item()
     # The logits of features with a mean square of 1 have this standard deviation.
-    if std * math.sqrt(head.in_features) > 1 and std > 0.03 and is_primary(args):
+    if std * math.sqrt(head.in_features) > 1 and std > 0.03:
         _logger.warning(
             f'The classifier for {head.out_features} classes is new, and its initial weights are so large'
             f' (timm\'s, standard deviation {std:.2g}) that the first steps can destroy the pretrained weights before'
@@ -266,12 +266,11 @@ def _criterion_kwargs(args) -> Dict[str, Any]:
     Raises:
         UserError: A file of weights or of class statistics cannot be read, or has another number of classes.
     """
-    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     loss = loss_of(args)
     kwargs: Dict[str, Any] = dict(
         loss_type=loss,
         smoothing=args.smoothing,
-        soft_targets=mixed and loss != 'jsd',
+        soft_targets=mixes_images(args) and loss != 'jsd',
         jsd_splits=args.aug_splits,
         bce_target_thresh=args.bce_target_thresh,
         bce_sum=args.bce_sum,

@@ -95,7 +95,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse
     finder.add_argument('-c', '--config')
     known, rest = finder.parse_known_args(argv)
     from_config = _config_to_argv(parser, known.config) if known.config else []
-    args, unknown = parser.parse_known_args([*from_config, *rest])
+    # Apart from the file: a list at its end would take the command line's data folder for one of its values.
+    args, unknown = parser.parse_known_args(rest, parser.parse_args(from_config))
     if unknown:
         flags = [s for a in parser._actions for s in a.option_strings]
         near = difflib.get_close_matches(unknown[0].split('=')[0], flags, 1, 0.75)
@@ -105,6 +106,6 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse
     if typed.data and typed.data_dir and typed.data != typed.data_dir:
         raise UserError(f'Two data sets given, {typed.data} and --data-dir {typed.data_dir}: leave one out.')
     args.config = known.config
-    args.data_dir = typed.data or typed.data_dir or args.data_dir or args.data
+    args.data_dir = args.data or args.data_dir
     args.device_given = any(a.split('=')[0] == '--device' for a in (*from_config, *rest))
     return args

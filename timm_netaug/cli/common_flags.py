@@ -4,10 +4,11 @@ import dataclasses
 
 from timm.utils import ParseKwargs
 
+from ..errors import UserError
 from ..io.data import DataSource
 from .flags import Flag
 
-__all__ = ['COMPUTE', 'DATASET', 'INPUT', 'INTERPOLATIONS', 'TARGETS', 'data_source', 'target_of']
+__all__ = ['COMPUTE', 'DATASET', 'INPUT', 'INTERPOLATIONS', 'TARGETS', 'check_shared', 'data_source', 'target_of']
 
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _POOLS = ('fast', 'fastavg', 'fastmax', 'fastavgmax', 'fastcatavgmax', 'avg', 'max', 'avgmax', 'catavgmax')
@@ -56,7 +57,11 @@ COMPUTE = (
     Flag('--model-kwargs', "arguments of the model's constructor", ParseKwargs, {}, 'KEY=VALUE', nargs='*'),
     Flag('--torchcompile-mode', 'mode of torch.compile', str, metavar='MODE', needs='--torchcompile'),
     Flag('--torchscript', 'compile the model with TorchScript',
-         refused_with_netaug='sampled widths are not static; there is --torchcompile'),
+         refused_with_netaug='sampled widths are not static; there is --torchcompile',
+         excludes={'--torchcompile': 'they are two compilers',
+                   '--grad-checkpointing': 'a scripted model has no checkpointing',
+                   '--sync-bn': 'a scripted model cannot synchronise BatchNorm',
+                   '--kd-model-name': 'distillation needs the model as it is'}),
     Flag('--torchcompile', 'compile the model with torch.compile', str, metavar='BACKEND', nargs='?',
          const='inductor'),
     Flag('--device', 'device; without the flag, a GPU if PyTorch finds one, else the CPU', str, 'cuda', free=True),
@@ -68,6 +73,18 @@ COMPUTE = (
     Flag('--pin-mem', 'use pinned memory in the loader', free=True),
     Flag('--no-prefetcher', 'normalise images in the loader instead of on the device'),
 )
+
+
+def check_shared(args: argparse.Namespace) -> None:
+    """Check the rules for several of these flags.
+
+    Raises:
+        UserError: One sentence with the flags' names.
+    """
+    if args.amp and args.model_dtype not in (None, 'float32'):
+        raise UserError('--amp needs float32 weights: leave --model-dtype out.')
+    if not args.data_dir and not args.dataset:
+        raise UserError('No data set given: name its folder with --data-dir.')
 
 
 def data_source(args: argparse.Namespace) -> DataSource:

@@ -90,14 +90,12 @@ def write_curves(
             left: _draw(left, columns, losses, metric, best, '{:.4g}'),
             right: _draw(right, columns, accuracies, metric, best, '{:.4g} %'),
         }
+        left.set(title='Loss', ylabel='loss' if 'eval_AP50' in columns else 'loss (nats)')
         if several_labels:
-            left.set(title='Loss', ylabel='loss (nats)')
             right.set(title='Mean average precision and F1', ylabel='%')
         elif 'eval_AP50' in columns:
-            left.set(title='Loss', ylabel='loss')
             right.set(title='Average precision', ylabel='average precision (%)')
         else:
-            left.set(title='Loss', ylabel='loss (nats)')
             accuracy = 'Accuracy' if 'eval_top5' in accuracies else 'Top-1 accuracy'
             right.set(title=accuracy, ylabel='correct images (%)')
         for axes, these in labels.items():

@@ -17,7 +17,7 @@ from ..fits import check_fits, parse_board
 from ..info import describe
 from ..io.data import DataSource
 from ..load import LoadedModel, load_model
-from .flags import refuse_for_detector
+from .flags import check_at_least, refuse_for_detector
 
 __all__ = ['main']
 
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
          help='exit with an error if the measured arena or file is larger, as in --fits 320K 1M')
     flag('--model', metavar='NAME', help='architecture of a file that does not say it')
     flag('--img-size', type=int, metavar='N', help="height and width of the input; the model's own")
-    flag('--use-ema', action='store_true',
+    flag('--use-ema', action='store_true', default=None,
          help='take the moving average of the weights (default where the run validated it)')
     return parser
 
@@ -78,12 +78,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = _parser().parse_args(argv)
     logging.getLogger('timm').setLevel(logging.ERROR)
     with exit_on_user_error('timm_netaug deploy'):
-        for name, least in (('calibration_images', 1), ('images', 0), ('max_steps', 0), ('max_drop', 0)):
-            if getattr(args, name) < least:
-                raise UserError(f'--{name.replace("_", "-")} must be at least {least}, got {getattr(args, name)}.')
+        check_at_least(args, calibration_images=1, images=0, max_steps=0, max_drop=0)
         board = parse_board(args.fits) if args.fits else None
         start = time.monotonic()
-        detector = load_trained(args.source, args.use_ema or None)[0]
+        detector = load_trained(args.source, args.use_ema)[0]
         split = args.split or ('val' if detector is not None else DeployConfig.split)
         config = DeployConfig(
             **{k: getattr(args, k) for k in ('calibration_split', 'calibration_images', 'images', 'seed', 'max_drop',
@@ -104,7 +102,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             report = deploy_detector(detector, _name(args.source), args.out_dir, args.data_dir, config, say)
             model, input_size, step = detector.dense, detector.config.data_config['input_size'], dict(step=STRIDES[-1])
         else:
-            loaded = load_model(args.source, args.model, args.use_ema or None, flags=dict(img_size=args.img_size))
+            loaded = load_model(args.source, args.model, args.use_ema, flags=dict(img_size=args.img_size))
             if args.format == 'onnx':
                 if board or args.beside or args.no_same_kernels:
                     raise UserError('--fits, --beside and --no-same-kernels are for --format tflite: leave them out.')

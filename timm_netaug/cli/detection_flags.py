@@ -39,4 +39,4 @@ def with_defaults(whole: Sequence[Group], args: argparse.Namespace, **values: An
     """Give a namespace the defaults of the flags that a command line does not have, or the given values of them."""
     for flag in all_flags(whole):
         if not hasattr(args, flag.dest):
-            setattr(args, flag.dest, values.get(flag.dest, False if flag.type is None else flag.default))
+            setattr(args, flag.dest, values.get(flag.dest, flag.default))

@@ -11,9 +11,10 @@ import torch
 from timm.utils import init_distributed_device
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-from ..errors import UserError
+from ..errors import UserError, rewording
 
-__all__ = ['choose_device', 'join_processes', 'keep_memory', 'mixed_precision', 'restarts', 'uses_channels_last']
+__all__ = ['check_device', 'choose_device', 'join_processes', 'keep_memory', 'mixed_precision', 'restarts',
+           'uses_channels_last']
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -33,6 +34,16 @@ def choose_device(args: Any, logger: logging.Logger) -> None:
         torch.backends.cuda.matmul.allow_tf32 = True
         # The search for the fastest convolution costs time for each new shape. NetAug has many, so it is off.
         torch.backends.cudnn.benchmark = not getattr(args, 'netaug', False)
+
+
+def check_device(name: str) -> torch.device:
+    """Return the device of this name.
+
+    Raises:
+        UserError: PyTorch does not know the device, or cannot compute on it here.
+    """
+    with rewording(f'--device {name}', RuntimeError, AssertionError):
+        return torch.empty(0, device=name).device
 
 
 def keep_memory() -> None:

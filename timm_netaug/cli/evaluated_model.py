@@ -24,7 +24,7 @@ def _check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, run:
                num_classes=run.model_args['num_classes'], in_chans=run.model_args.get('in_chans'), model_kwargs={})
     for dest, value in own.items():
         if getattr(args, dest) not in (parser.get_default(dest), value):
-            raise UserError(f'--{dest.replace("_", "-")}: the checkpoint determines its model, which is'
+            raise UserError(f'{flag_name(dest)}: the checkpoint determines its model, which is'
                             f' {run.architecture} with {run.model_args}. Leave the flag out.')
 
 

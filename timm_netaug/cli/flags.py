@@ -8,7 +8,8 @@ from timm.utils import ParseKwargs
 
 from ..errors import UserError
 
-__all__ = ['Flag', 'Group', 'build_parser', 'check_flags', 'flag_name', 'given_flags', 'refuse_for_detector']
+__all__ = ['Flag', 'Group', 'all_flags', 'build_parser', 'check_at_least', 'check_flags', 'flag_name', 'given_flags',
+           'refuse_for_detector']
 
 
 class _KeyValues(ParseKwargs):
@@ -54,6 +55,10 @@ class Flag:
     refused_with_netaug: str = ''
     free: bool = False
 
+    def __post_init__(self) -> None:
+        if self.type is None:
+            object.__setattr__(self, 'default', False)
+
     @property
     def name(self) -> str:
         """The flag's name in messages: its first long spelling."""
@@ -68,7 +73,7 @@ class Flag:
         """Add the flag to a group of a parser."""
         kwargs: Dict[str, Any] = dict(help=argparse.SUPPRESS if self.refused else self.full_help())
         if self.type is None:
-            kwargs.update(action='store_true', default=False)
+            kwargs.update(action='store_true', default=self.default)
         else:
             kwargs.update(default=self.default, metavar=self.metavar)
             kwargs.update({k: v for k, v in dict(nargs=self.nargs, const=self.const).items() if v is not None})
@@ -85,7 +90,7 @@ class Flag:
         """Return the default as it is typed, '' where there is none to tell."""
         if isinstance(self.default, list):
             return ' '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in self.default)
-        return '' if self.default in (None, '', {}) else str(self.default)
+        return '' if self.type is None or self.default in (None, '', {}) else str(self.default)
 
     def values_text(self) -> str:
         """Return choices or range in words."""
@@ -164,8 +169,7 @@ def build_parser(description: str, groups: Sequence[Group]) -> argparse.Argument
 
 def given_flags(groups: Sequence[Group], args: argparse.Namespace) -> List[Flag]:
     """Return the flags whose value is not the default."""
-    return [flag for flag in all_flags(groups) if getattr(args, flag.dest) != (
-        False if flag.type is None else flag.default)]
+    return [flag for flag in all_flags(groups) if getattr(args, flag.dest) != flag.default]
 
 
 def check_flags(groups: Sequence[Group], args: argparse.Namespace, netaug: bool = False) -> None:
@@ -192,6 +196,21 @@ def check_flags(groups: Sequence[Group], args: argparse.Namespace, netaug: bool 
                 raise UserError(f'{flag.name} and {other} do not go together: {why}.')
 
 
+def check_at_least(args: argparse.Namespace, **limits: int) -> None:
+    """Refuse numbers below a limit, where they are given.
+
+    Args:
+        limits: The limits, by the names of the numbers in `args`.
+
+    Raises:
+        UserError: A number is below its limit, or no number (nan).
+    """
+    for dest, least in limits.items():
+        value = getattr(args, dest)
+        if value is not None and not value >= least:
+            raise UserError(f'{flag_name(dest)} must be at least {least}, got {value}.')
+
+
 def refuse_for_detector(args: argparse.Namespace, *names: str) -> None:
     """Refuse flags that mean nothing for a detector.
 
@@ -201,6 +220,6 @@ def refuse_for_detector(args: argparse.Namespace, *names: str) -> None:
     Raises:
         UserError: One of the flags is given.
     """
-    given = [f'--{name.replace("_", "-")}' for name in names if getattr(args, name)]
+    given = [flag_name(name) for name in names if getattr(args, name)]
     if given:
         raise UserError(f'{", ".join(given)}: not for a detector. Leave {"it" if len(given) == 1 else "them"} out.')

@@ -6,6 +6,7 @@
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -35,7 +36,7 @@ def _load(args: argparse.Namespace) -> LoadedModel:
     if source is None:
         raise UserError(f'There is no checkpoint and no folder {args.checkpoint}, and the bundled weights are'
                         f' {", ".join(bundled_cfgs())}.')
-    return load_model(str(source), args.model, args.use_ema or None)
+    return load_model(str(source), args.model, args.use_ema)
 
 
 def _facts(args: argparse.Namespace, loaded: LoadedModel) -> Dict[str, Any]:
@@ -43,34 +44,33 @@ def _facts(args: argparse.Namespace, loaded: LoadedModel) -> Dict[str, Any]:
     if loaded.folder is not None:
         facts = known_facts(json.loads((loaded.folder / CONFIG).read_text(encoding='utf-8')))
     elif loaded.run is not None:
-        facts = training_record(read_checkpoint(args.checkpoint), args.use_ema or None)
+        facts = training_record(read_checkpoint(args.checkpoint), args.use_ema)
     else:
         older = bool(input_config(read_weights(args.checkpoint)))  # the releases before NetAug
         facts = dict(converted_from=os.path.basename(args.checkpoint), netaug=not older)
+    return facts
+
+
+def _push(args: argparse.Namespace) -> None:
+    detector, run = load_trained(args.checkpoint, args.use_ema)
+    if detector is not None:
+        refuse_for_detector(args, 'model', 'baseline', 'baseline_about')
+        facts = detection_record(read_checkpoint(args.checkpoint), args.use_ema) if run else known_facts(
+            read_config(find_detector_folder(args.checkpoint), args.checkpoint)[1], DETECTION_METRICS)
+        model, send = detector.dense, partial(push_detector, detector)
+    else:
+        if args.baseline_about and not args.baseline:
+            raise UserError('--baseline-about does nothing without --baseline.')
+        loaded = _load(args)
+        facts, model, send = _facts(args, loaded), loaded.model, partial(push, loaded)
     facts.update({k: v for k in ('dataset', 'dataset_terms') if (v := getattr(args, k))})
     if args.baseline:
         facts['baseline'] = baseline_metrics(args.baseline, facts)
         if args.baseline_about:
             facts['baseline_about'] = args.baseline_about
-    return facts
-
-
-def _push(args: argparse.Namespace) -> None:
-    common = dict(revision=args.revision, private=args.private, dry_run=args.dry_run, data_dir=args.data_dir,
-                  license=args.license)
-    detector, run = load_trained(args.checkpoint, args.use_ema or None)
-    if detector is not None:
-        refuse_for_detector(args, 'model', 'baseline', 'baseline_about')
-        facts = detection_record(read_checkpoint(args.checkpoint), args.use_ema or None) if run else known_facts(
-            read_config(find_detector_folder(args.checkpoint), args.checkpoint)[1], DETECTION_METRICS)
-        facts.update({k: v for k in ('dataset', 'dataset_terms') if (v := getattr(args, k))})
-        files = _deployed(args, detector.dense, facts)
-        push_detector(detector, args.repo, facts, files=files, **common)
-        return
-    loaded = _load(args)
-    facts = _facts(args, loaded)
-    files = _deployed(args, loaded.model, facts)
-    push(loaded, args.repo, facts, files=files, **common)
+    files = _deployed(args, model, facts)
+    send(args.repo, facts, files=files, revision=args.revision, private=args.private, dry_run=args.dry_run,
+         data_dir=args.data_dir, license=args.license)
 
 
 def _deployed(args: argparse.Namespace, model: nn.Module, facts: Dict[str, Any]) -> List[Path]:
@@ -100,7 +100,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     command.add_argument('--revision', metavar='R', help='branch to push to (default: main)')
     command.add_argument('--dry-run', metavar='OUT_DIR', help='write the files to OUT_DIR, without network or push')
     command.add_argument('--model', metavar='NAME', help='architecture, for a file that does not contain it')
-    command.add_argument('--use-ema', action='store_true',
+    command.add_argument('--use-ema', action='store_true', default=None,
                          help='push the moving average of the weights (default if the run validated it)')
     command.add_argument('--data-dir', metavar='DIR',
                          help='evaluate on this data set, and push only if the accuracy equals the recorded one')

@@ -12,7 +12,7 @@ from ..fits import check_fits, parse_board
 from ..info import describe, stages
 from ..io.run import RunDescription
 from ..load import LoadedModel, load_model
-from .flags import refuse_for_detector
+from .flags import check_at_least, refuse_for_detector
 
 __all__ = ['main']
 
@@ -85,10 +85,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--netaug-divisor', type=int, metavar='N', help='as for train.py')
     args = parser.parse_args(argv)
     with exit_on_user_error('timm_netaug info'):
-        for flag in ('img_size', 'num_classes', 'samples'):
-            value = getattr(args, flag)
-            if value is not None and value < 1:
-                raise UserError(f'--{flag.replace("_", "-")} must be at least 1, got {value}.')
+        check_at_least(args, img_size=1, num_classes=1, samples=1)
         board = parse_board(args.fits) if args.fits else None
         detector, run = load_trained(args.source)
         if detector is not None:
@@ -107,11 +104,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                         not args.no_same_kernels)
         if info['netaug']:
             info['netaug']['stages'] = stages(loaded.model, info['layers'], config, min(args.samples, 50))
-    if args.json:
-        print(json.dumps({k: v for k, v in info.items() if k != 'layers' or args.layers}, indent=2))
-    else:
-        print(_report(info, args.layers))
-    if board:
-        with exit_on_user_error('timm_netaug info'):
+        if args.json:
+            print(json.dumps({k: v for k, v in info.items() if k != 'layers' or args.layers}, indent=2))
+        else:
+            print(_report(info, args.layers))
+        if board:
             step = dict(step=STRIDES[-1]) if detector is not None else {}
             check_fits(loaded.model, info, board, same_kernels=not args.no_same_kernels, **step)

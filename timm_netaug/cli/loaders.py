@@ -1,18 +1,17 @@
 """Build timm's loaders of training and validation from the flags of `train.py`."""
 import logging
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader, create_transform
-from timm.utils import is_primary
 from torch.utils.data import IterableDataset
 
 from ..errors import UserError, rewording
 from ..io.data import check_channels, check_split, class_names, encode_targets, labels_of_folder, open_dataset
 from .common_flags import data_source, target_of
 from .flags import flag_name
-from .train_flags import given_weights
+from .train_flags import given_weights, mixes_images
 
 __all__ = ['Splits', 'open_splits', 'set_up_loaders']
 
@@ -71,9 +70,8 @@ def open_splits(args, channels: int) -> Splits:
 def _check_number_of_classes(args, names: List[str]) -> None:
     if args.num_classes is None:
         args.num_classes = len(names)
-        if is_primary(args):
-            _logger.info(f'The data set has {len(names)} classes, so the classifier has {len(names)} outputs'
-                         f' (--num-classes sets another number).')
+        _logger.info(f'The data set has {len(names)} classes, so the classifier has {len(names)} outputs (--num-classes'
+                     f' sets another number).')
     if len(names) == 1 and args.task != 'multilabel':
         raise UserError(f'The data set has one class, {names[0]}, and a classifier needs at least two: put the images'
                         f' of each class into a folder of their own below {args.train_split}.')
@@ -83,9 +81,32 @@ def _check_number_of_classes(args, names: List[str]) -> None:
     if len(names) > args.num_classes:
         raise UserError(f'The data set has {len(names)} classes, but the model has {args.num_classes}:'
                         f' add --num-classes {len(names)}.')
-    if len(names) < args.num_classes and is_primary(args):
+    if len(names) < args.num_classes:
         _logger.warning(f'The model has {args.num_classes} classes, but the data set has {len(names)}:'
                         f' --num-classes {len(names)} would make the model smaller.')
+
+
+def _set_up_mixing(args, size: Sequence[int]) -> Tuple[Optional[Callable], Optional[Callable]]:
+    """Return what mixes images when a batch is put together, and what mixes the images of a batch: one of the two, or
+    none."""
+    minmax = args.cutmix_minmax
+    if minmax and any(int(side * minmax[0]) >= int(side * minmax[1]) for side in size):
+        raise UserError(f'--cutmix-minmax {minmax[0]:g} {minmax[1]:g} are the same number of pixels of an image of'
+                        f' {" x ".join(map(str, size))}: take numbers further apart.')
+    if not mixes_images(args):
+        return None, None
+    kwargs = dict(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.num_classes,
+        multi_label=args.task == 'multilabel',
+    )
+    return (None, Mixup(**kwargs)) if args.no_prefetcher else (FastCollateMixup(**kwargs), None)
 
 
 def set_up_loaders(args, splits: Splits, data_config: Dict[str, Any], device: torch.device, dtype) -> Tuple[Any, ...]:
@@ -95,27 +116,7 @@ def set_up_loaders(args, splits: Splits, data_config: Dict[str, Any], device: to
         with rewording(f'--aa {args.aa} is not a policy of timm, such as rand-m9-mstd0.5, augmix-m3 or v0'):
             create_transform(data_config['input_size'], is_training=True, auto_augment=args.aa)
 
-    minmax = args.cutmix_minmax
-    if minmax and any(int(side * minmax[0]) >= int(side * minmax[1]) for side in data_config['input_size'][1:]):
-        raise UserError(f'--cutmix-minmax {minmax[0]:g} {minmax[1]:g} are the same number of pixels of an image of'
-                        f' {" x ".join(map(str, data_config["input_size"][1:]))}: take numbers further apart.')
-    collate_fn = mixup_fn = None
-    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
-        mixup_args = dict(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=args.num_classes,
-            multi_label=args.task == 'multilabel',
-        )
-        if args.no_prefetcher:
-            mixup_fn = Mixup(**mixup_args)
-        else:
-            collate_fn = FastCollateMixup(**mixup_args)
+    collate_fn, mixup_fn = _set_up_mixing(args, data_config['input_size'][1:])
     if args.aug_splits:
         dataset_train = AugMixDataset(dataset_train, num_splits=args.aug_splits)
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import PIL
@@ -17,7 +17,7 @@ import torchvision
 import yaml
 from timm.models import safe_model_name
 from timm.task import TrainingTask
-from timm.utils import get_outdir, is_primary, trim_summary
+from timm.utils import get_outdir, trim_summary
 
 import timm_netaug
 
@@ -26,8 +26,8 @@ from ..io.atomic import atomic_write
 from ..io.checkpoint import read_checkpoint
 from ..io.run import RunDescription
 from ..io.saver import AtomicSaver
-from .train_flags import FREE_FLAGS
 from .device import restarts
+from .flags import Group, all_flags
 
 __all__ = ['check_resume', 'find_restart', 'release_folder', 'set_up_saver', 'versions', 'GROUP_FIELDS_SET_BY_FLAGS']
 
@@ -57,8 +57,8 @@ def versions() -> Dict[str, str]:
     )
 
 
-def _run_folder(args) -> str:
-    return os.path.join(args.output or os.path.join('output', 'train'), args.experiment)
+def _run_folder(args, name: str = '') -> str:
+    return os.path.join(args.output or os.path.join('output', 'train'), name or args.experiment)
 
 
 def _lies_in(checkpoint: str, folder: str) -> bool:
@@ -88,7 +88,7 @@ def find_restart(args) -> None:
         args.start_epoch = None if args.resume else args.start_epoch
 
 
-def check_resume(args, parser, run: RunDescription) -> List[Optional[float]]:
+def check_resume(args, flags: Sequence[Group], run: RunDescription) -> List[Optional[float]]:
     """Refuse a checkpoint of another model or training, and name what differs. Warn of flags that have changed.
 
     Returns:
@@ -119,23 +119,30 @@ def check_resume(args, parser, run: RunDescription) -> List[Optional[float]]:
                         f' checkpoints and the plateau schedule follow: use the same metric.')
     then, now = there.versions, run.versions
     changed = [f'{k} {then[k]}, not {now.get(k)}' for k in then if then[k] != now.get(k)]
-    if is_primary(args) and changed:
+    if changed:
         _logger.warning(f'The checkpoint was written with {", ".join(changed)}: results may differ in the last bits.')
-    changed = [a.dest for a in parser._actions if a.dest not in (*FREE_FLAGS, 'help', 'num_classes')
-               and getattr(saved, a.dest, parser.get_default(a.dest)) != getattr(args, a.dest)]
-    if is_primary(args) and changed:
+    changed = [f.dest for f in all_flags(flags) if not f.free and f.dest != 'num_classes'
+               and getattr(saved, f.dest, f.default) != getattr(args, f.dest)]
+    if changed:
         _logger.warning('This is not the same training as that of the checkpoint: ' + ', '.join(
             f'{k} was {getattr(saved, k, None)!r}, is {getattr(args, k)!r}' for k in changed) + '.')
     return there.metrics
 
 
-def set_up_saver(args, parser, task: TrainingTask, optimizer, loss_scaler, start_epoch: int) -> AtomicSaver:
+def set_up_saver(
+        args,
+        flags: Sequence[Group],
+        task: TrainingTask,
+        optimizer,
+        loss_scaler,
+        start_epoch: int,
+) -> AtomicSaver:
     """Set up everything that the first process writes: the run's folder, its provenance, and the checkpoints."""
     size = args.run['data_config']['input_size'][-1]
     name = args.experiment or '-'.join(
         [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(size)])
     folder, resumed_here = _set_up_folder(args, name, start_epoch)
-    _write_provenance(args, parser, folder)
+    _write_provenance(args, flags, folder)
     saver = AtomicSaver(
         task.get_trainable_module(),
         optimizer,
@@ -168,7 +175,7 @@ def _set_up_folder(args, name: str, start_epoch: int) -> Tuple[str, bool]:
     Raises:
         UserError: The run would overwrite another run, or later epochs of itself, or another process writes there.
     """
-    folder = get_outdir(args.output or os.path.join('output', 'train'), name)
+    folder = get_outdir(_run_folder(args, name))
     _lock(folder)
     summary, last = os.path.join(folder, 'summary.csv'), os.path.join(folder, 'last.pth.tar')
     if args.resume and _lies_in(args.resume, folder):
@@ -223,15 +230,15 @@ def _lock(folder: str) -> None:
     _locked.append(handle)
 
 
-def _write_provenance(args, parser, output_dir: str) -> None:
+def _write_provenance(args, flags: Sequence[Group], output_dir: str) -> None:
     """Write the resolved flags (as a config for -c) and the versions beside the results."""
-    left_out = ['help', 'config', 'data', 'local_rank', 'resume', 'no_resume_opt', 'stop_epoch']
+    left_out = ['data', 'local_rank', 'resume', 'no_resume_opt', 'stop_epoch']
     if not args.device_given:  # the chosen device depends on the machine
         left_out.append('device')
-    flags = {a.dest: getattr(args, a.dest) for a in parser._actions if a.dest not in left_out}
-    flags = {k: v for k, v in flags.items() if v not in (None, [])}
+    values = {f.dest: getattr(args, f.dest) for f in all_flags(flags) if f.dest not in left_out}
+    values = {k: v for k, v in values.items() if v not in (None, [])}
     with atomic_write(os.path.join(output_dir, 'args.yaml')) as f:
-        yaml.safe_dump(flags, f, sort_keys=True)
+        yaml.safe_dump(values, f, sort_keys=True)
     revision = None
     checkout = Path(timm_netaug.__file__).parents[1]
     if (checkout / '.git').exists():  # git would also find the repository of a project that contains the environment

@@ -44,4 +44,4 @@ class StopSignals:
     def check(self) -> None:
         """Raise `Stopped` if a signal has come."""
         if self.number is not None:
-            raise Stopped(signal.Signals(self.number).name)
+            raise Stopped

@@ -1,9 +1,10 @@
-"""The look of all pictures: one colour for each method, text sizes, and labels beside the lines that they name.
+"""The look of all pictures: colours, text sizes, and labels beside the lines that they name.
 
-`curves.py`, `experiments/report.py`, `benchmarks/step.py` and `docs/idea.py` draw with it.
+`curves.py`, `experiments/report.py`, `benchmarks/step.py` and `docs/idea.py` draw with it. `experiments/methods.py`
+gives each method of training its colour.
 """
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Sequence, Tuple
 
 import matplotlib
 import numpy as np
@@ -13,33 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-__all__ = ['AUGMENTED', 'BLACK', 'GREY', 'Label', 'METHODS', 'Method', 'PURPLE', 'SKY_BLUE', 'TINY', 'add_labels',
-           'augments_widths', 'method_name', 'method_of', 'new_figure', 'style', 'text_colour']
+__all__ = ['AUGMENTED', 'BLACK', 'BLUE', 'BROWN', 'GREEN', 'GREY', 'Label', 'ORANGE', 'PURPLE', 'SKY_BLUE', 'TINY',
+           'VERMILION', 'add_labels', 'new_figure', 'style', 'text_colour']
 
 # The palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), which colour-blind readers can see, a grey, and a
 # brown that is darker than all of its colours but black.
 BLACK, ORANGE, SKY_BLUE, GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'
 BLUE, VERMILION, PURPLE, GREY = '#0072B2', '#D55E00', '#CC79A7', '#8C8C8C'
 BROWN = '#6B3F1D'
-
-
-class Method(NamedTuple):
-    """A method of training, with its name and colour in pictures."""
-    name: str
-    colour: str
-
-
-METHODS: Dict[str, Method] = {
-    'plain': Method('plain training', BLACK),
-    'plain-timm-init': Method("plain training, timm's initial weights", GREY),
-    'regularised': Method('regularised training', BROWN),
-    'teacher': Method('plain training with a teacher', ORANGE),
-    'stage': Method('NetAug, expansions from {stage}', GREEN),
-    'stage-widths': Method('NetAug, widths and expansions from {stage}', SKY_BLUE),
-    'expansions': Method('NetAug, expansions alone', BLUE),
-    'widths': Method("NetAug, the paper's schedule", VERMILION),
-    'distillation': Method('NetAug with in-situ distillation', PURPLE),
-}
 
 # Colours of the networks of one training: the tiny network, and the augmented sub-network that it is a part of.
 TINY, AUGMENTED = BLUE, ORANGE
@@ -90,34 +72,6 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout='constrained')
     FigureCanvasAgg(figure)
     return figure
-
-
-def augments_widths(flags: Dict[str, Any]) -> bool:
-    """Return whether a training augments widths, in its first epochs at least."""
-    mults = list(flags.get('netaug_width_mults') or [])
-    return bool(flags.get('netaug')) and flags.get('netaug_stop_width_at') != 0 and mults != [1]
-
-
-def method_of(flags: Dict[str, Any]) -> str:
-    """Return the key in `METHODS` of a training, by its flags of `train.py` (underscores for hyphens)."""
-    if not flags.get('netaug'):
-        if flags.get('kd_model_name'):
-            return 'teacher'
-        if any(flags.get(name) for name in ('aa', 'cutmix', 'drop', 'drop_path', 'mixup', 'reprob')):
-            return 'regularised'
-        given = ('netaug_init', 'pretrained', 'pretrained_path', 'initial_checkpoint')
-        return 'plain' if any(flags.get(name) for name in given) else 'plain-timm-init'
-    if flags.get('netaug_distill'):
-        return 'distillation'
-    if flags.get('netaug_from_stage', 0) in (0, '0'):
-        return 'widths' if augments_widths(flags) else 'expansions'
-    return 'stage-widths' if augments_widths(flags) else 'stage'
-
-
-def method_name(flags: Dict[str, Any]) -> str:
-    """Return the name of a training's method, by its flags as in `method_of`."""
-    stage = str(flags.get('netaug_from_stage'))
-    return METHODS[method_of(flags)].name.format(stage=f'stage {stage}' if stage.isdigit() else stage)
 
 
 def text_colour(colour: str) -> str:

@@ -51,7 +51,7 @@ from .logs import set_up_logging
 from .progress import Progress
 from .run_folder import GROUP_FIELDS_SET_BY_FLAGS, check_resume, find_restart, release_folder, set_up_saver, versions
 from .signals import Stopped, StopSignals
-from .train_flags import check_train_args, netaug_config, train_parser
+from .train_flags import TRAIN_FLAGS, check_train_args, netaug_config, train_parser
 
 _logger = logging.getLogger('train')
 
@@ -68,7 +68,9 @@ def set_up_device(args) -> torch.device:
     with rewording(f'--device {args.device} cannot be used', ImportError, RuntimeError, AssertionError):
         for name in args.device_modules or ():
             importlib.import_module(name)
-        return join_processes(args)
+        device = join_processes(args)
+        torch.empty(0, device=device)  # the first tensor finds out whether PyTorch can compute on it
+        return device
 
 
 def set_up_lr(args) -> None:
@@ -79,8 +81,7 @@ def set_up_lr(args) -> None:
     scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
     ratio = images / args.lr_base_size
     args.lr = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
-    if is_primary(args):
-        _logger.info(f'Learning rate {args.lr:g}: {args.lr_base:g} x {images} / {args.lr_base_size} images ({scale}).')
+    _logger.info(f'Learning rate {args.lr:g}: {args.lr_base:g} x {images} / {args.lr_base_size} images ({scale}).')
 
 
 @contextmanager
@@ -107,6 +108,95 @@ def _enough_values() -> Iterator[None]:
                         f' --img-size.') from e
 
 
+def _mean_lr(optimizer: torch.optim.Optimizer) -> float:
+    return sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
+
+
+class _TrainMetrics:
+    """Means of a task's losses and of top-1 over the images of an epoch.
+
+    Args:
+        args: Flags; `task`, `aug_splits`, `distributed` and `world_size` are read.
+    """
+
+    def __init__(self, args) -> None:
+        self.args = args
+        self.meters: Dict[str, AverageMeter] = {}
+        self.pending: List[Tuple[Dict[str, torch.Tensor], int]] = []  # not read back yet: reading waits for the device
+        self.of_classes = False
+
+    def add(self, result: Dict[str, torch.Tensor], target: Any, images: int) -> None:
+        """Note what the task has returned for a batch."""
+        values = {k: v.detach() for k, v in result.items() if k == 'loss' or k.endswith('_loss')}
+        self.of_classes = isinstance(target, torch.Tensor) and self.args.task != 'multilabel'
+        if self.of_classes and target.ndim == 1 and not self.args.aug_splits:  # not mixed
+            values['top1'] = 100 * (result['output'].detach().argmax(1) == target).float().mean()
+        self.pending.append((values, images))
+
+    def read(self, epoch: int, step: int) -> None:
+        """Read the values of all batches up to a step.
+
+        Raises:
+            UserError: A loss is not finite.
+        """
+        for number, (values, images) in enumerate(self.pending, step + 1 - len(self.pending)):
+            for key, value in values.items():
+                value = reduce_tensor(value, self.args.world_size) if self.args.distributed else value
+                self.meters.setdefault(key, AverageMeter()).update(value.item(), images)
+            if not math.isfinite(self.meters['loss'].val):
+                raise UserError(f'The loss is {self.meters["loss"].val} in epoch {epoch}, step {number}: try a lower'
+                                f' rate. The checkpoints of the epochs before are untouched.')
+        self.pending.clear()
+
+    @property
+    def loss(self) -> Optional[float]:
+        """The mean loss of the batches that were read, None if there is none."""
+        return self.meters['loss'].avg if self.meters else None
+
+    def means(self) -> Dict[str, Any]:
+        """Return the columns of the summary. They are the same in every epoch: top-1 is '' if images were mixed."""
+        losses = sorted({*self.meters} - {'top1'}, key=_LOSSES.index)
+        means = {key: self.meters[key].avg for key in losses}
+        if self.of_classes:
+            means['top1'] = self.meters['top1'].avg if 'top1' in self.meters else ''
+        return means
+
+
+def _start_epoch(args, epoch: int, loader: Any, mixup_fn: Any) -> None:
+    """Tell the loader and its parts the number of the epoch, and switch off mixing from `--mixup-off-epoch` on."""
+    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+        if mixup_fn is not None:
+            mixup_fn.mixup_enabled = False
+        elif getattr(loader, 'mixup_enabled', False):
+            loader.mixup_enabled = False
+    for owner in ('dataset', 'sampler', 'batch_sampler'):
+        if hasattr(getattr(loader, owner, None), 'set_epoch'):
+            getattr(loader, owner).set_epoch(epoch)
+
+
+def _backward(args, task: TrainingTask, optimizer, loss_scaler, loss: torch.Tensor, update: bool) -> None:
+    """Add the gradients of a loss, and with `update` let the optimizer take a step."""
+    second_order = getattr(optimizer, 'is_second_order', False)
+    clip = args.clip_grad is not None
+    parameters = task.get_clip_parameters(exclude_head=args.clip_mode == 'agc') if clip else None
+    if loss_scaler is not None:
+        loss_scaler(
+            loss,
+            optimizer,
+            clip_grad=args.clip_grad,
+            clip_mode=args.clip_mode,
+            parameters=parameters,
+            create_graph=second_order,
+            need_update=update,
+        )
+        return
+    loss.backward(create_graph=second_order)
+    if update:
+        if clip:
+            dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
+        optimizer.step()
+
+
 def train_one_epoch(
         epoch: int,
         task: TrainingTask,
@@ -123,22 +213,12 @@ def train_one_epoch(
         progress: Optional[Progress] = None,
         updates_per_epoch: int = 1,
         stop: Optional[StopSignals] = None,
-) -> Dict[str, float]:
+) -> Dict[str, Any]:
     """Train for an epoch; returns the means of the task's losses and of top-1 in training, weighted by images."""
-    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
-        if mixup_fn is not None:
-            mixup_fn.mixup_enabled = False
-        elif getattr(loader, 'mixup_enabled', False):
-            loader.mixup_enabled = False
-    for owner in ('dataset', 'sampler', 'batch_sampler'):
-        if hasattr(getattr(loader, owner, None), 'set_epoch'):
-            getattr(loader, owner).set_epoch(epoch)
-    model = task.get_trainable_module()
-    model.train()
-    second_order = getattr(optimizer, 'is_second_order', False)
+    _start_epoch(args, epoch, loader, mixup_fn)
+    task.get_trainable_module().train()
     primary = is_primary(args)
-    meters: Dict[str, AverageMeter] = {}
-    pending: List[Tuple[Dict[str, torch.Tensor], int]] = []  # not read back yet: reading waits for the device
+    metrics = _TrainMetrics(args)
     accum = args.grad_accum_steps
     batches = len(loader)
     last_accum = batches % accum or accum
@@ -166,31 +246,8 @@ def train_one_epoch(
             if args.variable_batch_loss_scale != 'none':
                 size = input.shape[0] / args.batch_size
                 loss = loss * (size ** 0.5 if args.variable_batch_loss_scale == 'sqrt' else size)
-            if loss_scaler is not None:
-                loss_scaler(
-                    loss,
-                    optimizer,
-                    clip_grad=args.clip_grad,
-                    clip_mode=args.clip_mode,
-                    parameters=task.get_clip_parameters(exclude_head=args.clip_mode == 'agc'),
-                    create_graph=second_order,
-                    need_update=update,
-                )
-            else:
-                loss.backward(create_graph=second_order)
-                if update:
-                    if args.clip_grad is not None:
-                        dispatch_clip_grad(
-                            task.get_clip_parameters(exclude_head=args.clip_mode == 'agc'),
-                            value=args.clip_grad,
-                            mode=args.clip_mode,
-                        )
-                    optimizer.step()
-        values = {k: v.detach() for k, v in result.items() if k == 'loss' or k.endswith('_loss')}
-        is_classes = isinstance(target, torch.Tensor) and args.task != 'multilabel'
-        if is_classes and target.ndim == 1 and not args.aug_splits:  # not mixed
-            values['top1'] = 100 * (result['output'].detach().argmax(1) == target).float().mean()
-        pending.append((values, input.shape[0]))
+            _backward(args, task, optimizer, loss_scaler, loss, update)
+        metrics.add(result, target, input.shape[0])
         if update:
             num_updates += 1
             if args.netaug and num_updates <= epoch * updates_per_epoch + 20:  # a scaler may skip the first ones
@@ -202,30 +259,21 @@ def train_one_epoch(
             torch.cuda.synchronize()
 
         if last or (update and i % args.log_interval < accum):
-            for step, (values, size) in enumerate(pending, i + 1 - len(pending)):
-                for key, value in values.items():
-                    value = reduce_tensor(value, args.world_size) if args.distributed else value
-                    meters.setdefault(key, AverageMeter()).update(value.item(), size)
-                if not math.isfinite(meters['loss'].val):
-                    raise UserError(f'The loss is {meters["loss"].val} in epoch {epoch}, step {step}: try a lower rate.'
-                                    f' The checkpoints of the epochs before are untouched.')
-            pending.clear()
+            metrics.read(epoch, i)
             if primary and args.save_images and saver is not None:
                 torchvision.utils.save_image(
                     input, os.path.join(saver.checkpoint_dir, f'train-batch-{i}.jpg'), padding=0, normalize=True)
-        lr = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
-        progress.update(i, input.shape[0] * args.world_size, result['loss'].detach(), lr, last)
+        progress.update(
+            i, input.shape[0] * args.world_size, result['loss'].detach(), _mean_lr(optimizer), last)
         if saver is not None and args.recovery_interval and (last or (i + 1) % args.recovery_interval == 0):
             saver.save_recovery(epoch, batch_idx=i)
         if update and lr_scheduler is not None:
-            lr_scheduler.step_update(num_updates=num_updates, metric=meters['loss'].avg if meters else None)
+            lr_scheduler.step_update(num_updates=num_updates, metric=metrics.loss)
         if stop is not None:
             stop.check()
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
-    # The summary's columns are those of its first row: in one order, and there in every epoch.
-    top1 = dict(top1=meters.pop('top1').avg if 'top1' in meters else '') if is_classes else {}
-    return {**{key: meters[key].avg for key in sorted(meters, key=_LOSSES.index)}, **top1}
+    return metrics.means()
 
 
 def validate_epoch(args, task: TrainingTask, loader, evaluate_) -> Dict[str, float]:
@@ -244,12 +292,11 @@ def validate_epoch(args, task: TrainingTask, loader, evaluate_) -> Dict[str, flo
 
 def write_epoch(args, epoch: int, train_metrics, metrics, task: TrainingTask, optimizer, saver) -> None:
     """Write an epoch's row, curves and checkpoint, in this order: what is resumed from comes last."""
-    lrs = [group['lr'] for group in optimizer.param_groups]
     # An epoch without validation leaves its columns empty, not out.
     row = metrics or dict.fromkeys(task.create_evaluator().metric_names, '')
     row = {k: '' if v is None else v for k, v in row.items()}
     summary = os.path.join(saver.checkpoint_dir, 'summary.csv')
-    update_summary(epoch, train_metrics, row, summary, lr=sum(lrs) / len(lrs), log_wandb=args.log_wandb)
+    update_summary(epoch, train_metrics, row, summary, lr=_mean_lr(optimizer), log_wandb=args.log_wandb)
     curves = os.path.join(saver.checkpoint_dir, 'curves.png')
     title = f'{args.model}, run {os.path.basename(saver.checkpoint_dir)}'
     write_curves(summary, curves, f'eval_{args.eval_metric}', args.eval_metric == 'loss', title)
@@ -299,6 +346,25 @@ def resume_training(args, task: TrainingTask, optimizer: torch.optim.Optimizer, 
     return epoch
 
 
+def _prepare_task(args, task: TrainingTask, device: torch.device) -> None:
+    """Set up the moving average, compilation, and the exchange of gradients between processes."""
+    if args.model_ema:
+        task.setup_ema(
+            decay=args.model_ema_decay,
+            use_warmup=args.model_ema_warmup,
+            device=torch.device('cpu') if args.model_ema_force_cpu else None,
+        )
+        if args.resume:
+            load_task_ema_checkpoint(task, args.resume)
+    if args.torchcompile:
+        with rewording(f'--torchcompile {args.torchcompile} cannot be carried out', RuntimeError):
+            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+            task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+    if args.distributed:
+        ddp_kwargs = dict(broadcast_buffers=False) if args.no_ddp_bb and not args.netaug else {}
+        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None, **ddp_kwargs)
+
+
 def set_up_schedule(args, optimizer: torch.optim.Optimizer, updates_per_epoch: int, start_epoch: int, history: list):
     """Build the schedule, brought to the epoch to start with; returns it with the number of all epochs."""
     with rewording(f'--sched {args.sched} cannot be built', ValueError, AssertionError, whole=True):
@@ -325,7 +391,7 @@ def check_task(args, task: TrainingTask, start_epoch: int, num_epochs: int, upda
                         f' Raise --epochs{" or --stop-epoch" if args.stop_epoch else ""}.')
     if args.netaug and task.training_config.every > updates_per_epoch:
         raise UserError(f'--netaug-every must be at most the {updates_per_epoch} updates of an epoch here.')
-    if args.warmup_epochs >= num_epochs and is_primary(args):
+    if args.warmup_epochs >= num_epochs:
         _logger.warning(f'All {num_epochs} epochs are warm-up (--warmup-epochs {args.warmup_epochs}).')
 
 
@@ -363,11 +429,12 @@ def primary_saver(args, run: RunDescription, *to_set_up: Any):
 class Classification:
     """What of `train` is for image classification alone. Another kind of training has a class with these members, as
     `train_detection.Detection`."""
-    program = 'train.py'
+    flags = TRAIN_FLAGS
     parser = staticmethod(train_parser)
     check_args = staticmethod(check_train_args)
     set_up_loaders = staticmethod(set_up_loaders)
     set_up_task = staticmethod(set_up_task)
+    describe = staticmethod(RunDescription.from_model)  # travels in the checkpoints of the run
 
     @staticmethod
     def set_up_model(args) -> Tuple[nn.Module, Dict[str, Any], Any]:
@@ -382,11 +449,6 @@ class Classification:
         if data_config['input_size'][0] != channels:  # the model has other channels by itself
             splits = open_splits(args, data_config['input_size'][0])
         return model, data_config, splits
-
-    @staticmethod
-    def describe(model: nn.Module, *args: Any, **fields: Any) -> RunDescription:
-        """Return the description of the run that travels in its checkpoints."""
-        return RunDescription.from_model(model, *args, **fields)
 
     @staticmethod
     def write_pictures(task: TrainingTask, loader: Any, folder: str) -> None:
@@ -411,15 +473,14 @@ def train(kind: Any = Classification) -> None:
         UserError: It cannot be done as it stands; the message says what to change.
     """
     set_up_logging()
-    parser = kind.parser()
-    args = parse_args(parser, sys.argv[1:])
+    args = parse_args(kind.parser(), sys.argv[1:])
     kind.check_args(args)
     find_restart(args)
     config = netaug_config(args)
     device = set_up_device(args)
     primary = is_primary(args)
     if not primary:
-        _logger.setLevel(logging.WARNING)
+        _logger.setLevel(logging.ERROR)
     if args.sync_bn and device.type != 'cuda':
         raise UserError('--sync-bn: PyTorch synchronises BatchNorm on CUDA only, leave it out.')
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
@@ -459,24 +520,9 @@ def train(kind: Any = Classification) -> None:
     resume_epoch = None
     history: List[Optional[float]] = []  # the metric after every epoch
     if args.resume:
-        history = check_resume(args, parser, run)
+        history = check_resume(args, kind.flags, run)
         resume_epoch = resume_training(args, task, optimizer, loss_scaler)
-    if args.model_ema:
-        task.setup_ema(
-            decay=args.model_ema_decay,
-            use_warmup=args.model_ema_warmup,
-            device=torch.device('cpu') if args.model_ema_force_cpu else None,
-        )
-        if args.resume:
-            load_task_ema_checkpoint(task, args.resume)
-    if args.torchcompile:
-        with rewording(f'--torchcompile {args.torchcompile} cannot be carried out', RuntimeError):
-            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-            task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
-    if args.distributed:
-        ddp_kwargs = dict(broadcast_buffers=False) if args.no_ddp_bb and not args.netaug else {}
-        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None, **ddp_kwargs)
-
+    _prepare_task(args, task, device)
     updates_per_epoch = -(-len(loader_train) // args.grad_accum_steps)
     start_epoch = args.start_epoch if args.start_epoch is not None else resume_epoch or 0
     lr_scheduler, num_epochs = set_up_schedule(args, optimizer, updates_per_epoch, start_epoch, history)
@@ -489,7 +535,7 @@ def train(kind: Any = Classification) -> None:
         _logger.info(f'All {end_epoch} epochs of {args.resume} are done{stopped_at}.')
         return
     check_task(args, task, start_epoch, end_epoch, updates_per_epoch)
-    saver = primary_saver(args, run, parser, task, optimizer, loss_scaler, start_epoch)
+    saver = primary_saver(args, run, kind.flags, task, optimizer, loss_scaler, start_epoch)
     if primary:
         _logger.info(f'Epochs {start_epoch} to {end_epoch - 1}, results in {saver.checkpoint_dir}')
 

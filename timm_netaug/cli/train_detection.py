@@ -8,16 +8,13 @@ its own way: data, model, task and pictures.
 import argparse
 import logging
 import os
-from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
-import torch
 import torch.nn as nn
 from timm.task import TrainingTask
-from timm.utils import is_primary
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
-from ..detection.annotations import Split, find_classes, read_class_map, read_split, size_notes
+from ..detection.annotations import find_classes, read_class_map, read_split, size_notes
 from ..detection.data import DetectionDataset, DetectionLoader, collate, eval_transform, train_transform
 from ..detection.detector import DenseDetector, create_backbone, describe_detector, name_in_model
 from ..detection.fcos import Fcos
@@ -31,6 +28,7 @@ from ..io.run import RunDescription
 from ..reference import input_config, is_reference
 from .detection_flags import detection_flags, with_defaults
 from .flags import Flag, build_parser, check_flags
+from .loaders import Splits
 from .train import train
 from .train_flags import TRAIN_FLAGS, check_train_args, netaug_config
 
@@ -62,7 +60,7 @@ _FLAGS = (
 # Where the defaults are not those of train.py: what a detector of a few hundred thousand parameters needs.
 _DEFAULTS = dict(
     model='netaug_mbv2_tiny', train_split='train', val_split='val', img_size=224, batch_size=16, epochs=100,
-    opt='adamw', lr=0.002, weight_decay=0.05, warmup_epochs=1, sched_on_updates=True, color_jitter=0.2,
+    opt='adamw', lr=0.002, weight_decay=0.05, warmup_epochs=1, color_jitter=0.2,
     scale=[0.3, 1.0], ratio=[0.5, 2.0], eval_metric='AP50', checkpoint_hist=1)
 _HELP = dict(
     class_map='text file of class names in label order; the classes of the data where not given',
@@ -107,11 +105,11 @@ def _check_args(args: argparse.Namespace) -> None:
 
 class Detection:
     """What a training of detectors does in its own way; see `train.Classification`."""
-    program = 'train_detection.py'
+    flags = DETECTION_FLAGS
     parser = staticmethod(train_detection_parser)
     check_args = staticmethod(_check_args)
 
-    def set_up_model(self, args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any], '_Splits']:
+    def set_up_model(self, args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any], Splits]:
         """Read the data, whose classes the model has, and build the dense part of the detector; returns it with how
         images are prepared in timm's terms, and the splits."""
         train, val = read_split(args.data_dir, args.train_split), read_split(args.data_dir, args.val_split)
@@ -129,10 +127,9 @@ class Detection:
         model = DenseDetector(backbone, self.config)
         if args.initial_checkpoint:
             load_dense_weights(model, args.initial_checkpoint)
-        if is_primary(args):
-            for note in [*train.notes, *val.notes, *size_notes(train, names, self._fcos(), self.config.img_size)]:
-                _logger.warning(note)
-        return model, self.config.data_config, _Splits(train, val, names)
+        for note in [*train.notes, *val.notes, *size_notes(train, names, self._fcos(), self.config.img_size)]:
+            _logger.warning(note)
+        return model, self.config.data_config, Splits(train, val, names)
 
     @staticmethod
     def _backbone(args: argparse.Namespace) -> nn.Module:
@@ -156,7 +153,7 @@ class Detection:
         return Fcos(self.config.num_classes, self.config.scale)
 
     @staticmethod
-    def set_up_loaders(args, splits: '_Splits', data_config: Dict[str, Any], device, dtype) -> Tuple[Any, Any, None]:
+    def set_up_loaders(args, splits: Splits, data_config: Dict[str, Any], device, dtype) -> Tuple[Any, Any, None]:
         """Return the loaders of training and validation, and None for what mixes batches."""
         transform = eval_transform(data_config) if args.no_aug else train_transform(
             data_config, hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter, crop_prob=args.crop_prob,
@@ -164,11 +161,11 @@ class Detection:
         dataset = DetectionDataset(splits.train, splits.class_names, transform, is_training=True)
         if len(dataset) // args.world_size < args.batch_size:
             raise UserError(f'The train split has fewer images than a batch ({args.batch_size}): use a smaller -b.')
-        evaluated = DetectionDataset(splits.val, splits.class_names, eval_transform(data_config))
+        evaluated = DetectionDataset(splits.validation, splits.class_names, eval_transform(data_config))
         return _loader(dataset, args, True), _loader(evaluated, args, False), None
 
     def describe(self, model: nn.Module, data_config: Any, names: List[str], **fields: Any) -> RunDescription:
-        return detector_run(self.config, **{k: v for k, v in fields.items() if k not in ('input_img_mode', 'target')})
+        return detector_run(self.config, **fields)
 
     def set_up_task(self, args, model: nn.Module, teacher: None, data_config: Any, device, dtype) -> TrainingTask:
         common = dict(fcos=self._fcos(), device=device, dtype=dtype)
@@ -187,33 +184,12 @@ class Detection:
                 f' --checkpoint {best}\n')
 
 
-@dataclass(frozen=True)
-class _Splits:
-    """The splits of a training, and the names of their classes in label order."""
-    train: Split
-    val: Split
-    class_names: List[str]
-
-
-class _Share(torch.utils.data.Sampler):
-    """The images of one of several processes, each image once: no process waits for the others in validation."""
-
-    def __init__(self, dataset: Dataset, rank: int, world_size: int):
-        self.indices = range(rank, len(dataset), world_size)
-
-    def __iter__(self):
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-
 def _loader(dataset: DetectionDataset, args: argparse.Namespace, is_training: bool) -> DataLoader:
     sampler: Optional[Any] = None
     if args.distributed and is_training:
         sampler = DistributedSampler(dataset, args.world_size, args.rank, shuffle=True, seed=args.seed, drop_last=True)
     elif args.distributed:
-        sampler = _Share(dataset, args.rank, args.world_size)
+        sampler = range(args.rank, len(dataset), args.world_size)  # each image once: no process waits for the others
     return DetectionLoader(
         dataset,
         batch_size=args.batch_size if is_training else args.validation_batch_size or args.batch_size,
@@ -227,7 +203,7 @@ def _loader(dataset: DetectionDataset, args: argparse.Namespace, is_training: bo
 
 
 def main() -> None:
-    with exit_on_user_error(Detection.program):
+    with exit_on_user_error('train_detection.py'):
         train(Detection())
 
 

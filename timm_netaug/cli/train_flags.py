@@ -10,10 +10,10 @@ from timm.utils import ParseKwargs
 
 from ..config import NetAugConfig, NetAugTraining, split_fields
 from ..errors import UserError
-from .common_flags import COMPUTE, DATASET, INPUT, INTERPOLATIONS, TARGETS
+from .common_flags import COMPUTE, DATASET, INPUT, INTERPOLATIONS, TARGETS, check_shared
 from .flags import Flag, Group, all_flags, build_parser, check_flags, flag_name, given_flags
 
-__all__ = ['FREE_FLAGS', 'TRAIN_FLAGS', 'check_train_args', 'given_weights', 'loss_of', 'netaug_config',
+__all__ = ['TRAIN_FLAGS', 'check_train_args', 'given_weights', 'loss_of', 'mixes_images', 'netaug_config',
            'train_parser']
 
 
@@ -303,15 +303,6 @@ TRAIN_FLAGS = (
              ' choice', str, 'soft', 'NAME', choices=('soft', 'hard')),
     )),
 )
-# What may change from a run to the one that continues it: where the run is made and what it reports.
-FREE_FLAGS = ('config', *(flag.dest for flag in all_flags(TRAIN_FLAGS) if flag.free))
-
-_NOT_WITH_TORCHSCRIPT = {
-    '--torchcompile': 'they are two compilers',
-    '--grad-checkpointing': 'a scripted model has no checkpointing',
-    '--sync-bn': 'a scripted model cannot synchronise BatchNorm',
-    '--kd-model-name': 'distillation needs the model as it is',
-}
 _PAIRS = ('scale', 'ratio', 'cutmix_minmax')
 _METRICS = {
     'classification': ('top1', 'top5', 'loss'),
@@ -336,22 +327,15 @@ def check_train_args(args: argparse.Namespace) -> None:
     _check_distillation(args)
     _check_train_sizes(args)
     _check_augmentation(args)
-    if args.torchscript:
-        for other, why in _NOT_WITH_TORCHSCRIPT.items():
-            if getattr(args, other.lstrip('-').replace('-', '_')):
-                raise UserError(f'--torchscript and {other} do not go together: {why}.')
-    if args.amp and args.model_dtype not in (None, 'float32'):
-        raise UserError('--amp needs float32 weights: leave --model-dtype out.')
+    check_shared(args)
     if args.netaug and args.torchcompile and args.grad_checkpointing:
         raise UserError('--torchcompile and --grad-checkpointing do not go together with --netaug: compiled code'
                         ' cannot bring back the widths of the forward pass. Leave one of the two out.')
     if args.local_rank and 'LOCAL_RANK' not in os.environ:
         raise UserError('--local_rank is set by old launchers: start the processes with torchrun.')
-    if not args.data_dir and not args.dataset:
-        raise UserError('No data set given: name its folder with --data-dir.')
     if args.pretrained_path and args.initial_checkpoint:  # beside --resume, they are what the run was begun with
         raise UserError('Give only one of --pretrained-path and --initial-checkpoint.')
-    if os.pardir in args.experiment.split(os.sep):
+    if os.path.isabs(args.experiment) or os.pardir in args.experiment.split(os.sep):
         raise UserError(f'--experiment {args.experiment} leaves the folder of --output: give the name of a folder.')
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto needs --experiment: the name of the folder that it looks for a checkpoint in.')
@@ -367,6 +351,11 @@ def loss_of(args: argparse.Namespace) -> str:
     """Return timm's name of the loss that the flags choose."""
     chosen = 'jsd' if args.jsd_loss else 'bce' if args.bce_loss else args.loss
     return chosen or ('bce' if args.task == 'multilabel' else 'ce')
+
+
+def mixes_images(args: argparse.Namespace) -> bool:
+    """Return whether images and their labels are mixed."""
+    return bool(args.mixup or args.cutmix or args.cutmix_minmax)
 
 
 def _check_loss(args: argparse.Namespace) -> None:
@@ -385,7 +374,7 @@ def _check_loss(args: argparse.Namespace) -> None:
         raise UserError(f'--loss {loss} needs --task multilabel.')
     if args.task != 'multilabel' and args.target_format != 'indices':
         raise UserError('--target-format does nothing without --task multilabel.')
-    if loss in ('twoway', 'zlpr') and (args.smoothing or args.mixup or args.cutmix or args.cutmix_minmax):
+    if loss in ('twoway', 'zlpr') and (args.smoothing or mixes_images(args)):
         raise UserError(f'--loss {loss} takes labels of 0 and 1 alone: add --smoothing 0, and leave --mixup and'
                         f' --cutmix out.')
     if args.task == 'multilabel' and args.kd_model_name:
@@ -450,7 +439,7 @@ def _check_augmentation(args: argparse.Namespace) -> None:
                             f' {" ".join(f"{v:g}" for v in getattr(args, dest))}.')
     if args.train_crop_mode in (None, 'rrc') and args.scale[1] > 1:
         raise UserError(f'--scale must be at most 1, got {args.scale[1]:g}: a crop is a part of the image.')
-    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
+    mixed = mixes_images(args)
     if mixed and any(size % 2 for size in args.train_batch_sizes or [args.batch_size]):
         raise UserError('--mixup and --cutmix need an even --batch-size.')
     if mixed and loss_of(args) == 'asl' and args.task != 'multilabel':

@@ -1,16 +1,19 @@
 """Facts about a run for the model card, from a checkpoint of `train.py`: its command line and its metrics."""
 import argparse
 import math
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from timm.utils import ParseKwargs
 
 from ..card import METRICS
+from ..detection.metric import METRICS as DETECTION_METRICS
 from ..errors import UserError
 from ..io.checkpoint import read_checkpoint
 from ..io.run import RunDescription
-from .train_detection import train_detection_parser
-from .train_flags import FREE_FLAGS, train_parser
+from .detection_flags import with_defaults
+from .flags import Group, all_flags
+from .train_detection import DETECTION_FLAGS
+from .train_flags import TRAIN_FLAGS
 
 __all__ = ['baseline_metrics', 'detection_record', 'training_record']
 
@@ -20,27 +23,21 @@ _PATHS = ('pretrained_path', 'initial_checkpoint', 'class_map', 'class_stats', '
 _DATASET = ('dataset', 'input_img_mode', 'input_key', 'target_key', 'task', 'target_format')
 
 
-def _flags(
-        args: argparse.Namespace,
-        only: Optional[tuple] = None,
-        parser: Optional[argparse.ArgumentParser] = None,
-) -> List[str]:
-    """Return the command line with all flags that differ from the defaults of `train.py`, or of another parser."""
-    parser, argv = parser or train_parser(), []
-    for action in parser._actions:
-        value = getattr(args, action.dest, action.default)
-        if action.dest in ('help', *FREE_FLAGS) or (only and action.dest not in only):
+def _flags(args: argparse.Namespace, groups: Sequence[Group], only: Optional[Sequence[str]] = None) -> List[str]:
+    """Return the command line with all flags of a table that differ from their defaults."""
+    argv = []
+    for flag in all_flags(groups):
+        value = getattr(args, flag.dest)
+        if flag.free or value == flag.default or (only and flag.dest not in only):
             continue
-        if value == action.default:
-            continue
-        if action.dest in _PATHS:
+        if flag.dest in _PATHS:
             value = _file_name(value)
         if str(value).startswith('local-dir:'):
             value = f'local-dir:{_file_name(value)}'
-        argv.append(max(action.option_strings, key=len))
-        if isinstance(action, ParseKwargs):
+        argv.append(flag.name)
+        if flag.type is ParseKwargs:
             argv += [f'{k}={_file_name(v) if k == "file" else v!r}' for k, v in value.items()]
-        elif not isinstance(action, argparse._StoreTrueAction):
+        elif flag.type is not None:
             argv += map(str, value if isinstance(value, (list, tuple)) else [value])
     return argv
 
@@ -60,52 +57,46 @@ def _comparable(command: List[str]) -> List[str]:
     return words
 
 
+def _record(
+        checkpoint: Mapping[str, Any],
+        use_ema: Optional[bool],
+        groups: Sequence[Group],
+        metrics: Sequence[str],
+) -> Dict[str, Any]:
+    args = argparse.Namespace(**vars(checkpoint['args']))
+    with_defaults(groups, args)  # of flags that an earlier version did not have
+    facts = dict(command=_flags(args, groups), processes=getattr(args, 'world_size', 1))
+    if groups is TRAIN_FLAGS:
+        facts['evaluated_with'] = [*_flags(args, groups, _DATASET), '--split', args.val_split]
+    else:
+        facts['split'] = args.val_split
+    if 'epoch' in checkpoint:
+        facts.update(epoch=checkpoint['epoch'] + 1, epochs=args.epochs)
+    metric = checkpoint.get('metric')
+    of_these_weights = use_ema is None or use_ema == RunDescription.from_checkpoint(checkpoint).ema
+    if args.eval_metric in metrics and metric is not None and math.isfinite(metric) and of_these_weights:
+        facts['metrics'] = {args.eval_metric: metric}
+    return facts
+
+
 def training_record(checkpoint: Mapping[str, Any], use_ema: Optional[bool] = None) -> Dict[str, Any]:
     """Collect the facts about a training from a checkpoint of `train.py`, as plain data.
 
     Args:
         use_ema: Whether the weights are the moving average. None: they are the weights that the run validated.
     """
-    args = train_parser().parse_args([])  # defaults for flags that an earlier version did not have
-    vars(args).update(vars(checkpoint['args']))
-    facts = dict(
-        command=_flags(args),
-        processes=getattr(args, 'world_size', 1),
-        evaluated_with=[*_flags(args, _DATASET), '--split', args.val_split],
-    )
-    if 'epoch' in checkpoint:
-        facts.update(epoch=checkpoint['epoch'] + 1, epochs=args.epochs)
-    metric = checkpoint.get('metric')
-    if (args.eval_metric in METRICS and metric is not None and math.isfinite(metric)
-            and _of_these_weights(checkpoint, use_ema)):
-        facts['metrics'] = {args.eval_metric: metric}
-    if '/' in args.dataset:
-        facts['dataset'] = args.dataset.partition('/')[2]
-    return facts
-
-
-def _of_these_weights(checkpoint: Mapping[str, Any], use_ema: Optional[bool]) -> bool:
-    """Return whether the metric of a checkpoint is that of the weights that are taken from it."""
-    return use_ema is None or use_ema == RunDescription.from_checkpoint(checkpoint).ema
+    facts = _record(checkpoint, use_ema, TRAIN_FLAGS, METRICS)
+    name = getattr(checkpoint['args'], 'dataset', '').partition('/')[2]
+    return {**facts, 'dataset': name} if name else facts
 
 
 def detection_record(checkpoint: Mapping[str, Any], use_ema: Optional[bool] = None) -> Dict[str, Any]:
     """Collect the facts about a training from a checkpoint of `train_detection.py`, as plain data.
 
     Args:
-        use_ema: Whether the weights are the moving average. None: they are the weights that the run validated.
+        use_ema: As in `training_record`.
     """
-    parser = train_detection_parser()
-    args = parser.parse_args([])
-    vars(args).update(vars(checkpoint['args']))
-    facts = dict(command=_flags(args, parser=parser), processes=getattr(args, 'world_size', 1), split=args.val_split)
-    if 'epoch' in checkpoint:
-        facts.update(epoch=checkpoint['epoch'] + 1, epochs=args.epochs)
-    metric = checkpoint.get('metric')
-    if (args.eval_metric != 'loss' and metric is not None and math.isfinite(metric)
-            and _of_these_weights(checkpoint, use_ema)):
-        facts['metrics'] = {args.eval_metric: metric}
-    return facts
+    return _record(checkpoint, use_ema, DETECTION_FLAGS, DETECTION_METRICS)
 
 
 def baseline_metrics(path: str, facts: Mapping[str, Any]) -> Dict[str, float]:

@@ -22,7 +22,7 @@ from ..errors import UserError, exit_on_user_error, first_line, rewording
 from ..evaluate import evaluate_model
 from .command_line import parse_args
 from .common_flags import data_source, target_of
-from .device import choose_device, mixed_precision
+from .device import check_device, choose_device, mixed_precision
 from .evaluated_model import load_evaluated_model, pool_as_in_training
 from .flags import flag_name
 from .logs import set_up_logging
@@ -197,8 +197,7 @@ def set_up_device(args: argparse.Namespace) -> None:
         UserError: The device does not exist, or there are fewer devices than the flags ask for.
     """
     choose_device(args, _logger)
-    with rewording(f'--device {args.device}', RuntimeError):
-        device = torch.device(args.device)
+    device = check_device(args.device)
     gpus = torch.cuda.device_count() if device.type == 'cuda' else 0
     if args.num_gpu > 1 and args.num_gpu > gpus:
         raise UserError(f'--num-gpu {args.num_gpu}: there are {gpus} GPUs to evaluate on.')

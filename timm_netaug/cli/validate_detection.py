@@ -10,8 +10,6 @@ import os
 import sys
 from typing import Optional, Tuple
 
-import torch
-
 from ..detection.annotations import read_split
 from ..detection.create import create_detector
 from ..detection.detector import Detector
@@ -21,9 +19,9 @@ from ..detection.metric import METRICS, check_metric
 from ..detection.pictures import check_picture, draw_results
 from ..errors import UserError, exit_on_user_error
 from .command_line import parse_args
-from .detection_flags import detection_flags, with_defaults
-from .device import choose_device, mixed_precision
-from .flags import Flag, build_parser, check_flags
+from .detection_flags import detection_flags
+from .device import check_device, choose_device, mixed_precision
+from .flags import Flag, build_parser, check_flags, flag_name
 from .logs import set_up_logging
 from .results import write_results
 from .validate_flags import VALIDATE_FLAGS
@@ -84,26 +82,26 @@ def validate() -> None:
     """
     set_up_logging()
     args = parse_args(validate_detection_parser(), sys.argv[1:])
-    with_defaults(VALIDATE_FLAGS, args)
     check_flags(DETECTION_FLAGS, args)
     for dest in ('results_file', 'pictures'):
         path = getattr(args, dest)
         if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise UserError(f'--{dest.replace("_", "-")} {path}: there is no such folder.')
+            raise UserError(f'{flag_name(dest)} {path}: there is no such folder.')
         if path and os.path.isdir(path):
-            raise UserError(f'--{dest.replace("_", "-")} {path} is a folder: name a file in it.')
+            raise UserError(f'{flag_name(dest)} {path} is a folder: name a file in it.')
     if args.pictures:
         check_picture(args.pictures)
     check_metric()
     size = _img_size(args)
     choose_device(args, _logger)
+    device = check_device(args.device)
     split = read_split(args.data_dir, args.split)
     detector, name = _load(args)
     for note in split.notes:
         _logger.warning(note)
     metrics, evaluator, dataset = evaluate_detector(
-        detector, split, size, args.batch_size, args.workers, args.device,
-        mixed_precision(args, torch.device(args.device)), args.channels_last, args.log_freq)
+        detector, split, size, args.batch_size, args.workers, args.device, mixed_precision(args, device),
+        args.channels_last, args.log_freq)
     by_class, images, loss = (metrics.pop(k) for k in ('AP_by_class', 'images', 'loss'))
     row = dict(
         model=name,

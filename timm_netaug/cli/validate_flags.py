@@ -5,7 +5,7 @@ import os
 from dataclasses import replace
 
 from ..errors import UserError
-from .common_flags import COMPUTE, DATASET, INPUT, TARGETS
+from .common_flags import COMPUTE, DATASET, INPUT, TARGETS, check_shared
 from .flags import Flag, Group, build_parser, check_flags, given_flags
 
 __all__ = ['VALIDATE_FLAGS', 'check_validate_args', 'validate_parser']
@@ -97,10 +97,7 @@ def check_validate_args(args: argparse.Namespace) -> None:
         if flag.name in _PACKAGES and importlib.util.find_spec(_PACKAGES[flag.name][0]) is None:
             package = _PACKAGES[flag.name][1]
             raise UserError(f'{flag.name} needs {package}: pip install {package}.')
-    if args.amp and args.model_dtype not in (None, 'float32'):
-        raise UserError('--amp needs float32 weights: leave --model-dtype out.')
-    if not args.data_dir and not args.dataset:
-        raise UserError('No data set given: name its folder with --data-dir.')
+    check_shared(args)
     folder = os.path.dirname(os.path.abspath(args.results_file))
     if args.results_file and (os.path.isdir(args.results_file) or not os.path.isdir(folder)):
         raise UserError(f'--results-file {args.results_file} is no file name in an existing folder.')

@@ -16,12 +16,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from timm import create_model
-from timm.models import clean_state_dict, is_model, parse_model_name
+from timm.models import is_model, parse_model_name
 
 from ..errors import UserError, first_line, rewording
 from ..fetch import check_size, fetch_config, hub_errors
 from ..io.atomic import atomic_write
-from ..io.checkpoint import load_weights, read_checkpoint, read_weights
+from ..io.checkpoint import load_weights, read_checkpoint, read_weights, run_weights
 from ..io.folder import CONFIG, MAX_CONFIG, WEIGHTS, check_numbers, export_folder
 from ..io.run import RunDescription
 from ..load import read_run
@@ -66,12 +66,9 @@ def load_checkpoint(path: str, use_ema: Optional[bool] = None) -> Tuple[Detector
         UserError: It is another kind of file, or broken.
     """
     checkpoint, run = read_detector_run(path)
-    use_ema = run.ema if use_ema is None else use_ema
-    key = 'state_dict_ema' if use_ema else 'state_dict'
-    if key not in checkpoint:
-        raise UserError(f'{path} has no {key}: it was trained without --model-ema.')
+    weights = run_weights(checkpoint, run, use_ema, path)
     detector = build_detector(DetectorConfig.from_dict(run.detector))
-    load_weights(detector.dense, clean_state_dict(checkpoint[key]), path)
+    load_weights(detector.dense, weights, path)
     return detector.eval(), run
 
 

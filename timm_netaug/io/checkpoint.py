@@ -4,13 +4,13 @@ from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 import torch.nn as nn
-from timm.models import get_pretrained_cfg, load_state_dict
+from timm.models import clean_state_dict, get_pretrained_cfg, load_state_dict
 from timm.utils import load_checkpoint_metadata
 
 from ..errors import UserError, rewording
 from ..reference import checkpoint_filter_fn, input_config, is_reference
 
-__all__ = ['read_checkpoint', 'read_weights', 'check_finite', 'load_weights', 'count_classes']
+__all__ = ['read_checkpoint', 'read_weights', 'run_weights', 'check_finite', 'load_weights', 'count_classes']
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:
@@ -49,6 +49,23 @@ def read_weights(path: str, use_ema: bool = False) -> Dict[str, Any]:
     if use_ema and (path.endswith('.safetensors') or not {'state_dict_ema', 'model_ema'} & set(read_checkpoint(path))):
         raise UserError(f'{path} has no moving average of the weights: leave --use-ema out.')
     return state_dict
+
+
+def run_weights(checkpoint: Mapping[str, Any], run: Any, use_ema: Optional[bool], path: str) -> Dict[str, Any]:
+    """Return the weights in a checkpoint of `train.py` or `train_detection.py`.
+
+    Args:
+        run: The description of its run (`RunDescription`).
+        use_ema: Take the moving average of the weights. None: take it if the run validated it.
+        path: Name of the checkpoint in the message.
+
+    Raises:
+        UserError: The run kept no moving average.
+    """
+    key = 'state_dict_ema' if (run.ema if use_ema is None else use_ema) else 'state_dict'
+    if key not in checkpoint:
+        raise UserError(f'{path} has no {key}: it was trained without --model-ema.')
+    return clean_state_dict(checkpoint[key])
 
 
 def check_finite(state_dict: Mapping[str, Any], source: str) -> None:

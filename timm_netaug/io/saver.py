@@ -87,10 +87,6 @@ class AtomicSaver(CheckpointSaver):
         return UserError(f'{path} cannot be written ({first_line(error)}): make room on the disk, and {again}. The'
                          f' files of earlier epochs are complete.')
 
-    def save_recovery(self, epoch, batch_idx=0):
-        """Save in mid-epoch."""
-        super().save_recovery(epoch, batch_idx)
-
     def _replace(self, src, dst):
         if os.path.basename(dst) == f'last{self.extension}':
             self._late.append((src, dst))
