@@ -8,9 +8,9 @@ and validation included, one thread), relative to the mean of its unit: the row 
 It is left out for runs on a GPU.
 
 Pictures name a row by its method, which follows from its flags, and by its field `detail`, which sets it apart from
-other rows of that method. Each method has one colour in all pictures (methods.py). The rows that the
-field `curves` of the YAML file lists are drawn as curves, in that order, those of each model in panels of their own.
-With `training_curves: true`, dotted lines show their accuracy in training, too. Mixed images (mixup, CutMix) have no
+other rows of that method. Each method has one colour in all pictures (methods.py). The rows that the field `curves` of
+the YAML file lists are drawn as curves, in that order, those of each model in panels of their own. With
+`training_curves: true`, dotted lines show their accuracy in training, too. Mixed images (mixup, CutMix) have no
 accuracy in training.
 """
 import csv
