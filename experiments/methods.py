@@ -27,6 +27,10 @@ METHODS: Dict[str, Method] = {
 }
 
 
+# Flags that regularise a training, by their names in `train.py`.
+_REGULARISERS = ('aa', 'cutmix', 'cutmix_minmax', 'drop', 'drop_block', 'drop_connect', 'drop_path', 'mixup', 'reprob')
+
+
 def augments_widths(flags: Dict[str, Any]) -> bool:
     """Return whether a training augments widths, in its first epochs at least."""
     mults = list(flags.get('netaug_width_mults') or [])
@@ -38,7 +42,7 @@ def method_of(flags: Dict[str, Any]) -> str:
     if not flags.get('netaug'):
         if flags.get('kd_model_name'):
             return 'teacher'
-        if any(flags.get(name) for name in ('aa', 'cutmix', 'drop', 'drop_path', 'mixup', 'reprob')):
+        if any(flags.get(name) for name in _REGULARISERS):
             return 'regularised'
         given = ('netaug_init', 'pretrained', 'pretrained_path', 'initial_checkpoint')
         return 'plain' if any(flags.get(name) for name in given) else 'plain-timm-init'

@@ -10,8 +10,8 @@ It is left out for runs on a GPU.
 Pictures name a row by its method, which follows from its flags, and by its field `detail`, which sets it apart from
 other rows of that method. Each method has one colour in all pictures (methods.py). The rows that the field `curves` of
 the YAML file lists are drawn as curves, in that order, those of each model in panels of their own. With
-`training_curves: true`, dotted lines show their accuracy in training, too. Mixed images (mixup, CutMix) have no
-accuracy in training.
+`training_curves: true`, dotted lines show their accuracy in training, too, and there is no panel over processor time.
+Mixed images (mixup, CutMix) have no accuracy in training.
 """
 import csv
 import json
@@ -132,7 +132,8 @@ def picture(title: str, rows: List[Row], shown: List[str], training: bool = Fals
     """Draw accuracy over epochs and over processor time of the rows in `shown`, and the end of every row as dots.
 
     Each model has panels of its own. A row without a known cost is left out of the panel over processor time alone.
-    With `training`, the panel over epochs shows the accuracy in training, too, and there is none over processor time.
+    With `training`, the panel over epochs shows the accuracy in training, too, and there is no
+    panel over processor time.
     """
     headline = sorted((row for row in rows if row.name in shown), key=lambda row: shown.index(row.name))
     groups = sorted({row.model for row in rows})

@@ -659,7 +659,7 @@ def test_commands_tell_checkpoints_apart(run_dir, voc, tmp_path):
     assert done.returncode == 1 and 'is not a checkpoint of train_detection.py' in done.stderr
 
 
-@pytest.mark.parametrize('device', ['gpu', 'cuda:99'])
+@pytest.mark.parametrize('device', ['gpu', 'cuda:99', 'hpu'])
 def test_unknown_device(device, run_dir, voc):
     done = run_python('validate_detection.py', '--data-dir', voc, '--checkpoint', run_dir / 'last.pth.tar',
                       '--device', device, check=False)

@@ -131,6 +131,7 @@ def test_pictures_of_experiments(path):
     """Of the results that there are, of one row of an unknown cost, and of all rows, with ends at the same place."""
     content = yaml.safe_load(path.read_text())
     everything = rows_of(path, seeds=2)
+    assert all(f'| `{row.name}` | about | ' in report.table(everything) for row in everything)  # of mixed images, too
     labels = [(row.model, row.label) for row in everything]
     assert len(set(labels)) == len(labels), 'rows need a field "detail" where their method is the same'
     for rows in (report.read(path), [everything[0]._replace(cpu_seconds=[])], everything):
@@ -140,9 +141,14 @@ def test_pictures_of_experiments(path):
                     content['title'], rows, content['curves'], content.get('training_curves', False))
                 # In the style, by which matplotlib chooses ticks each time that it draws.
                 assert {content['title'], *(row.label for row in rows)} <= assert_readable(figure)
+            shown = [row for row in rows if row.name in content['curves']]
+            titles = [axes.get_title(loc='left') for axes in figure.findobj(Axes)]
+            of_models = [f' of {row.model}' * (len({row.model for row in rows}) > 1) for row in shown]
+            for title in dict.fromkeys(f'Accuracy{of} over epochs' for of in of_models):
+                assert sum(one.startswith(title) for one in titles) == 1  # a panel for each model
+            assert not content.get('training_curves') or not any('over processor time' in title for title in titles)
             if content.get('training_curves'):
                 lines = [list(line.get_ydata()) for line in figure.findobj(Line2D) if line.get_linestyle() == ':']
-                shown = [row for row in rows if row.name in content['curves']]
                 assert shown or rows is not everything
                 assert all(list(row.course('train_top1')[0]) in lines for row in shown)
             for axes in figure.findobj(Axes):

@@ -451,7 +451,7 @@ def test_devices(run, checkpoint, monkeypatch):
     assert fusers == ['te']
     for argv, said in ((['--num-gpu', 2], '--num-gpu 2: there are 0 GPUs'),
                        (['--device', 'abacus'], '--device abacus: Expected one of'),
-                       (['--device', 'cuda:99'], '--device cuda:99: ')):
+                       (['--device', 'cuda:99'], '--device cuda:99: '), (['--device', 'hpu'], '--device hpu: ')):
         with pytest.raises(UserError, match=said):
             run('--checkpoint', checkpoint, *argv)
 

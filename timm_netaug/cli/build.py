@@ -31,7 +31,7 @@ from ..load import load_model
 from ..reference import checkpoint_filter_fn
 from .device import uses_channels_last
 from .flags import flag_name
-from .train_flags import given_weights, loss_of, mixes_images, netaug_config
+from .train_flags import flag_of_weights, loss_of, mixes_images, netaug_config
 
 __all__ = ['set_up_model', 'set_up_task', 'set_up_teacher', 'prepare_for_training']
 
@@ -165,7 +165,7 @@ def prepare_for_training(args, model: nn.Module, config: Optional[Tuple[Any, Any
     Raises:
         UserError: NetAug does not support the model.
     """
-    given = given_weights(args)
+    given = flag_of_weights(args)
     if given:  # the tiny network's classifier alone: augment() draws the weights behind it with a deviation of 0.02
         _warn_of_large_head(args, model)
         _set_up_head(args, model)

@@ -57,11 +57,7 @@ COMPUTE = (
     Flag('--model-kwargs', "arguments of the model's constructor", ParseKwargs, {}, 'KEY=VALUE', nargs='*'),
     Flag('--torchcompile-mode', 'mode of torch.compile', str, metavar='MODE', needs='--torchcompile'),
     Flag('--torchscript', 'compile the model with TorchScript',
-         refused_with_netaug='sampled widths are not static; there is --torchcompile',
-         excludes={'--torchcompile': 'they are two compilers',
-                   '--grad-checkpointing': 'a scripted model has no checkpointing',
-                   '--sync-bn': 'a scripted model cannot synchronise BatchNorm',
-                   '--kd-model-name': 'distillation needs the model as it is'}),
+         refused_with_netaug='sampled widths are not static; there is --torchcompile'),
     Flag('--torchcompile', 'compile the model with torch.compile', str, metavar='BACKEND', nargs='?',
          const='inductor'),
     Flag('--device', 'device; without the flag, a GPU if PyTorch finds one, else the CPU', str, 'cuda', free=True),
@@ -76,7 +72,7 @@ COMPUTE = (
 
 
 def check_shared(args: argparse.Namespace) -> None:
-    """Check the rules for several of these flags.
+    """Check the rules that concern several of the flags in this module.
 
     Raises:
         UserError: One sentence with the flags' names.

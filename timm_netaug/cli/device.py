@@ -40,9 +40,9 @@ def check_device(name: str) -> torch.device:
     """Return the device of this name.
 
     Raises:
-        UserError: PyTorch does not know the device, or cannot compute on it here.
+        UserError: PyTorch does not know the device, or cannot make a tensor on it here.
     """
-    with rewording(f'--device {name}', RuntimeError, AssertionError):
+    with rewording(f'--device {name}', ImportError, RuntimeError, AssertionError):
         return torch.empty(0, device=name).device
 
 

@@ -29,7 +29,7 @@ class Flag:
     Args:
         names: Its spellings, separated by spaces. A name without dashes is a positional argument.
         help: What the flag does. Default, choices and range are added to it.
-        type: Converts a value. None: the flag is a switch.
+        type: Converts a value. None: the flag is a switch, whose default is False.
         nargs: Number of values, as for argparse; a number above 1 is checked in YAML files too.
         const: Value of a flag that may stand without one (nargs '?').
         choices: The values that are allowed; '' and None always are where they are the default.
@@ -57,6 +57,7 @@ class Flag:
 
     def __post_init__(self) -> None:
         if self.type is None:
+            assert self.default in (None, False), self.names  # a switch can only be switched on
             object.__setattr__(self, 'default', False)
 
     @property

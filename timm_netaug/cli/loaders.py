@@ -11,7 +11,7 @@ from ..errors import UserError, rewording
 from ..io.data import check_channels, check_split, class_names, encode_targets, labels_of_folder, open_dataset
 from .common_flags import data_source, target_of
 from .flags import flag_name
-from .train_flags import given_weights, mixes_images
+from .train_flags import flag_of_weights, mixes_images
 
 __all__ = ['Splits', 'open_splits', 'set_up_loaders']
 
@@ -20,7 +20,8 @@ _logger = logging.getLogger('train')
 
 @dataclass
 class Splits:
-    """The data sets of training and validation, and the names of their classes (None if they do not name them)."""
+    """The data sets of training and validation (of a detector: their annotations), and the names of their classes (None
+    if they do not name them)."""
     train: Any
     validation: Any
     class_names: Optional[List[str]]
@@ -56,7 +57,7 @@ def open_splits(args, channels: int) -> Splits:
         raise UserError(f'The two splits have different classes ({", ".join(odd[:5])}), so their labels would not'
                         f' agree: correct the folders, or give the classes with --class-map.')
     unseen = labels_of_folder(validation) - labels_of_folder(train)
-    if names and unseen and not given_weights(args) and not args.resume:
+    if names and unseen and not flag_of_weights(args) and not args.resume:
         raise UserError(f'The class {names[min(unseen)]} has images in {args.val_split} and none in'
                         f' {args.train_split}: it would never be learned.')
     if names:
@@ -87,8 +88,8 @@ def _check_number_of_classes(args, names: List[str]) -> None:
 
 
 def _set_up_mixing(args, size: Sequence[int]) -> Tuple[Optional[Callable], Optional[Callable]]:
-    """Return what mixes images when a batch is put together, and what mixes the images of a batch: one of the two, or
-    none."""
+    """Return the loader's collate function that mixes images, and the function that mixes a finished batch. At most one
+    of the two is not None."""
     minmax = args.cutmix_minmax
     if minmax and any(int(side * minmax[0]) >= int(side * minmax[1]) for side in size):
         raise UserError(f'--cutmix-minmax {minmax[0]:g} {minmax[1]:g} are the same number of pixels of an image of'

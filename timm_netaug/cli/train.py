@@ -61,7 +61,11 @@ _LOSSES = ('loss', 'tiny_loss', 'task_loss', 'kd_loss', 'aug_loss', 'distill_los
 
 
 def set_up_device(args) -> torch.device:
-    """Choose the device and join the other processes."""
+    """Choose the device and join the other processes.
+
+    Raises:
+        UserError: PyTorch cannot use the device here.
+    """
     choose_device(args, _logger)
     if args.device == 'cpu':
         keep_memory()
@@ -69,7 +73,7 @@ def set_up_device(args) -> torch.device:
         for name in args.device_modules or ():
             importlib.import_module(name)
         device = join_processes(args)
-        torch.empty(0, device=device)  # the first tensor finds out whether PyTorch can compute on it
+        torch.empty(0, device=device)  # raises an error if PyTorch cannot use the device
         return device
 
 
@@ -123,7 +127,7 @@ class _TrainMetrics:
         self.args = args
         self.meters: Dict[str, AverageMeter] = {}
         self.pending: List[Tuple[Dict[str, torch.Tensor], int]] = []  # not read back yet: reading waits for the device
-        self.of_classes = False
+        self.of_classes = False  # whether targets are classes, so that there is a top-1
 
     def add(self, result: Dict[str, torch.Tensor], target: Any, images: int) -> None:
         """Note what the task has returned for a batch."""
@@ -162,8 +166,8 @@ class _TrainMetrics:
         return means
 
 
-def _start_epoch(args, epoch: int, loader: Any, mixup_fn: Any) -> None:
-    """Tell the loader and its parts the number of the epoch, and switch off mixing from `--mixup-off-epoch` on."""
+def _begin_epoch(args, epoch: int, loader: Any, mixup_fn: Any) -> None:
+    """Tell data set and samplers the number of the epoch, and switch off mixing from `--mixup-off-epoch` on."""
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         if mixup_fn is not None:
             mixup_fn.mixup_enabled = False
@@ -174,8 +178,8 @@ def _start_epoch(args, epoch: int, loader: Any, mixup_fn: Any) -> None:
             getattr(loader, owner).set_epoch(epoch)
 
 
-def _backward(args, task: TrainingTask, optimizer, loss_scaler, loss: torch.Tensor, update: bool) -> None:
-    """Add the gradients of a loss, and with `update` let the optimizer take a step."""
+def _backward_and_step(args, task: TrainingTask, optimizer, loss_scaler, loss: torch.Tensor, update: bool) -> None:
+    """Add the gradients of a loss. With `update`, clip them and let the optimizer take a step."""
     second_order = getattr(optimizer, 'is_second_order', False)
     clip = args.clip_grad is not None
     parameters = task.get_clip_parameters(exclude_head=args.clip_mode == 'agc') if clip else None
@@ -215,7 +219,7 @@ def train_one_epoch(
         stop: Optional[StopSignals] = None,
 ) -> Dict[str, Any]:
     """Train for an epoch; returns the means of the task's losses and of top-1 in training, weighted by images."""
-    _start_epoch(args, epoch, loader, mixup_fn)
+    _begin_epoch(args, epoch, loader, mixup_fn)
     task.get_trainable_module().train()
     primary = is_primary(args)
     metrics = _TrainMetrics(args)
@@ -246,7 +250,7 @@ def train_one_epoch(
             if args.variable_batch_loss_scale != 'none':
                 size = input.shape[0] / args.batch_size
                 loss = loss * (size ** 0.5 if args.variable_batch_loss_scale == 'sqrt' else size)
-            _backward(args, task, optimizer, loss_scaler, loss, update)
+            _backward_and_step(args, task, optimizer, loss_scaler, loss, update)
         metrics.add(result, target, input.shape[0])
         if update:
             num_updates += 1
@@ -434,7 +438,7 @@ class Classification:
     check_args = staticmethod(check_train_args)
     set_up_loaders = staticmethod(set_up_loaders)
     set_up_task = staticmethod(set_up_task)
-    describe = staticmethod(RunDescription.from_model)  # travels in the checkpoints of the run
+    describe = staticmethod(RunDescription.from_model)  # its result is stored in the run's checkpoints
 
     @staticmethod
     def set_up_model(args) -> Tuple[nn.Module, Dict[str, Any], Any]:

@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import os
 import re
+from dataclasses import replace
 from typing import Any, Optional, Tuple
 
 from timm.loss import LOSS_TYPES, MULTI_LABEL_LOSS_TYPES
@@ -13,7 +14,7 @@ from ..errors import UserError
 from .common_flags import COMPUTE, DATASET, INPUT, INTERPOLATIONS, TARGETS, check_shared
 from .flags import Flag, Group, all_flags, build_parser, check_flags, flag_name, given_flags
 
-__all__ = ['TRAIN_FLAGS', 'check_train_args', 'given_weights', 'loss_of', 'mixes_images', 'netaug_config',
+__all__ = ['TRAIN_FLAGS', 'check_train_args', 'flag_of_weights', 'loss_of', 'mixes_images', 'netaug_config',
            'train_parser']
 
 
@@ -22,6 +23,12 @@ def _stage(value: str) -> Any:
 
 
 _NAFLEX = "NaFlex models are transformers over sequences of patches: train them with timm's own script"
+_NOT_WITH_TORCHSCRIPT = {
+    '--torchcompile': 'they are two compilers',
+    '--grad-checkpointing': 'a scripted model has no checkpointing',
+    '--sync-bn': 'a scripted model cannot synchronise BatchNorm',
+    '--kd-model-name': 'distillation needs the model as it is',
+}
 _LOSS_SCALES = ('none', 'sqrt', 'linear')
 
 TRAIN_FLAGS = (
@@ -82,7 +89,7 @@ TRAIN_FLAGS = (
         *INPUT,
     )),
     Group('Device, precision and distribution', (
-        *COMPUTE,
+        *(replace(flag, excludes=_NOT_WITH_TORCHSCRIPT) if flag.name == '--torchscript' else flag for flag in COMPUTE),
         Flag('--no-ddp-bb', 'do not broadcast buffers in DistributedDataParallel (NetAug never does)'),
         Flag('--synchronize-step', 'wait for the device after every step', free=True),
         Flag('--local_rank', 'set by old launchers; torchrun needs no flag', int, 0, 'N', free=True),
@@ -341,7 +348,7 @@ def check_train_args(args: argparse.Namespace) -> None:
         raise UserError('--resume auto needs --experiment: the name of the folder that it looks for a checkpoint in.')
 
 
-def given_weights(args: argparse.Namespace) -> str:
+def flag_of_weights(args: argparse.Namespace) -> str:
     """Return the flag that gives the model's initial weights, '' for a model that is trained from scratch."""
     given = [name for name in ('pretrained', 'pretrained_path', 'initial_checkpoint') if getattr(args, name)]
     return flag_name(given[0]) if given else ''
@@ -473,8 +480,8 @@ def netaug_config(args: argparse.Namespace) -> Optional[Tuple[NetAugConfig, NetA
             raise UserError('--netaug-init does nothing with --netaug, which starts from these weights: leave it out.')
         if unused:
             raise UserError(f'{flag_name(f"netaug_{unused[0]}")} does nothing with --netaug-init: leave it out.')
-        if given_weights(args):
-            raise UserError(f'--netaug-init is for a training from scratch: leave it out, or {given_weights(args)}.')
+        if flag_of_weights(args):
+            raise UserError(f'--netaug-init is for a training from scratch: leave it out, or {flag_of_weights(args)}.')
     elif not args.netaug:
         if fields:
             raise UserError('NetAug flags do nothing without --netaug: add it, or leave them out.')

@@ -1,7 +1,7 @@
 """Facts about a run for the model card, from a checkpoint of `train.py`: its command line and its metrics."""
 import argparse
 import math
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Container, Dict, List, Mapping, Optional, Sequence
 
 from timm.utils import ParseKwargs
 
@@ -61,15 +61,12 @@ def _record(
         checkpoint: Mapping[str, Any],
         use_ema: Optional[bool],
         groups: Sequence[Group],
-        metrics: Sequence[str],
+        metrics: Container[str],
+        evaluation: Callable[[argparse.Namespace], Dict[str, Any]],
 ) -> Dict[str, Any]:
     args = argparse.Namespace(**vars(checkpoint['args']))
     with_defaults(groups, args)  # of flags that an earlier version did not have
-    facts = dict(command=_flags(args, groups), processes=getattr(args, 'world_size', 1))
-    if groups is TRAIN_FLAGS:
-        facts['evaluated_with'] = [*_flags(args, groups, _DATASET), '--split', args.val_split]
-    else:
-        facts['split'] = args.val_split
+    facts = dict(command=_flags(args, groups), processes=getattr(args, 'world_size', 1), **evaluation(args))
     if 'epoch' in checkpoint:
         facts.update(epoch=checkpoint['epoch'] + 1, epochs=args.epochs)
     metric = checkpoint.get('metric')
@@ -85,7 +82,9 @@ def training_record(checkpoint: Mapping[str, Any], use_ema: Optional[bool] = Non
     Args:
         use_ema: Whether the weights are the moving average. None: they are the weights that the run validated.
     """
-    facts = _record(checkpoint, use_ema, TRAIN_FLAGS, METRICS)
+    facts = _record(
+        checkpoint, use_ema, TRAIN_FLAGS, METRICS,
+        lambda args: dict(evaluated_with=[*_flags(args, TRAIN_FLAGS, _DATASET), '--split', args.val_split]))
     name = getattr(checkpoint['args'], 'dataset', '').partition('/')[2]
     return {**facts, 'dataset': name} if name else facts
 
@@ -96,7 +95,8 @@ def detection_record(checkpoint: Mapping[str, Any], use_ema: Optional[bool] = No
     Args:
         use_ema: As in `training_record`.
     """
-    return _record(checkpoint, use_ema, DETECTION_FLAGS, DETECTION_METRICS)
+    return _record(
+        checkpoint, use_ema, DETECTION_FLAGS, DETECTION_METRICS, lambda args: dict(split=args.val_split))
 
 
 def baseline_metrics(path: str, facts: Mapping[str, Any]) -> Dict[str, float]:

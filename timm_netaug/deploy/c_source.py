@@ -32,9 +32,9 @@ def _about_output(report: Mapping[str, Any]) -> str:
         '// The point of a row and a column lies at x = (column + 0.5) * stride, y = (row + 0.5) * stride, in pixels',
         '// of the input. Its score for class k is sqrt(sigmoid(cls_logits[k]) * sigmoid(bbox_ctrness)). Drop scores',
         f'// up to {d["score_thresh"]:g}. The left, upper, right and lower side of its box are the four values of',
-        f'// bbox_regression times stride * {d["anchor_scale"]:.9g} away from the point. Clip the box to the image. Where',
-        f'// two boxes of a class have an intersection over union above {d["nms_thresh"]:g}, drop the one of the lower',
-        f'// score. Of all boxes keep the best {d["detections_per_img"]}.'])
+        f'// bbox_regression times stride * {d["anchor_scale"]:.9g} away from the point. Clip the box to the image.',
+        f'// Where two boxes of a class have an intersection over union above {d["nms_thresh"]:g}, drop the one of the',
+        f'// lower score. Of all boxes keep the best {d["detections_per_img"]}.'])
 
 
 def c_header(report: Mapping[str, Any]) -> str:

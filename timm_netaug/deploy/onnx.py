@@ -1,7 +1,8 @@
 """A model as ONNX files, in float and in int8, which the tools of chip vendors read (`deploy --format onnx`).
 
 No interpreter for microcontrollers runs these files, so their memory on a chip is not measured here. The int8 file has
-QuantizeLinear and DequantizeLinear around the operators (QDQ), with a scale per channel of the weights.
+QuantizeLinear and DequantizeLinear around the operators (QDQ), with a scale per channel of the weights. Its channels
+are equalised and its weights rounded as those of the file for TensorFlow Lite Micro (`int8_weights.py`).
 """
 import json
 import tempfile

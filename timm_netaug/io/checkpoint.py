@@ -9,6 +9,7 @@ from timm.utils import load_checkpoint_metadata
 
 from ..errors import UserError, rewording
 from ..reference import checkpoint_filter_fn, input_config, is_reference
+from .run import RunDescription
 
 __all__ = ['read_checkpoint', 'read_weights', 'run_weights', 'check_finite', 'load_weights', 'count_classes']
 
@@ -51,11 +52,16 @@ def read_weights(path: str, use_ema: bool = False) -> Dict[str, Any]:
     return state_dict
 
 
-def run_weights(checkpoint: Mapping[str, Any], run: Any, use_ema: Optional[bool], path: str) -> Dict[str, Any]:
+def run_weights(
+        checkpoint: Mapping[str, Any],
+        run: RunDescription,
+        use_ema: Optional[bool],
+        path: str,
+) -> Dict[str, Any]:
     """Return the weights in a checkpoint of `train.py` or `train_detection.py`.
 
     Args:
-        run: The description of its run (`RunDescription`).
+        run: The description of its run.
         use_ema: Take the moving average of the weights. None: take it if the run validated it.
         path: Name of the checkpoint in the message.
 
