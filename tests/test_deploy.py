@@ -35,7 +35,8 @@ from timm_netaug.deploy.onnx import deploy_onnx
 from timm_netaug.deploy.output import captured
 from timm_netaug.deploy.packages import require
 from timm_netaug.deploy.pipeline import (
-    DeployConfig, _others, _weights_hash, calibration_pixels, check_drop, check_same_task, deploy, read_deployment)
+    DeployConfig, _others, _weights_hash, calibration_pixels, check_drop, check_same_task, deploy, measured_images,
+    read_deployment)
 from timm_netaug.deploy.repair import inline_buffers, outside_buffers, strip
 from timm_netaug.deploy.report import card_section, text_table
 from timm_netaug.deploy.rewrite import on_pixels, with_same_kernels
@@ -929,6 +930,11 @@ def test_onnx(pictures, tmp_path, capsys):
     # 1e-3: kernels that sum in another order
     np.testing.assert_allclose(run_onnx(tmp_path / 'model.onnx', pixels), logits, rtol=0, atol=1e-3)
     assert np.corrcoef(run_onnx(tmp_path / 'model_int8.onnx', pixels).ravel(), logits.ravel())[0, 1] > 0.98
+    evaluated, indices = measured_images(loaded, source, DeployConfig())
+    pixels, labels = next(batches(evaluated, indices))
+    found = [run_onnx(tmp_path / file, pixels).argmax(1) for file in ('model.onnx', 'model_int8.onnx')]
+    assert [report['float_top1'], report['int8_top1'], report['agreement']] == [
+        100 * np.mean(a == b) for a, b in ((found[0], labels), (found[1], labels), found)]
 
 
 @needs_onnx

@@ -97,7 +97,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse
     from_config = _config_to_argv(parser, known.config) if known.config else []
     # The file is parsed first and alone. Otherwise, a list at its end would swallow the command line's data folder.
     args, unknown = parser.parse_known_args(from_config)
-    args, unknown = (args, unknown) if unknown else parser.parse_known_args(rest, args)
+    if not unknown:
+        args, unknown = parser.parse_known_args(rest, args)
     if unknown:
         flags = [s for a in parser._actions for s in a.option_strings]
         near = difflib.get_close_matches(unknown[0].split('=')[0], flags, 1, 0.75)

@@ -12,16 +12,22 @@ def _percent(value: float) -> str:
     return f'{value:.2f} %'
 
 
+def _top1(report: Mapping[str, Any], in_float: str, in_int8: str) -> List[Tuple[str, str]]:
+    """Return the accuracies of a classifier; the arguments name what has computed them."""
+    return [
+        (f'top-1, float in {in_float}',
+         f'{_percent(report["float_top1"])} of {report["images"]:,} images of the {report["split"]} split'),
+        (f'top-1, int8 in {in_int8}',
+         f'{_percent(report["int8_top1"])} (the same class as float for {_percent(report["agreement"])})')]
+
+
 def _accuracy(report: Mapping[str, Any]) -> List[Tuple[str, str]]:
-    images = f'{report["images"]:,} images of the {report["split"]} split'
     if 'outputs' in report:  # of a detector
+        images = f'{report["images"]:,} images of the {report["split"]} split'
         return [row for metric in report['int8'] for row in (
             (f'{metric}, float in PyTorch', f'{_percent(report["float"][metric])} over {images}'),
             (f'{metric}, int8 in TensorFlow Lite Micro', _percent(report['int8'][metric])))]
-    return [
-        ('top-1, float in PyTorch', f'{_percent(report["float_top1"])} of {images}'),
-        ('top-1, int8 in TensorFlow Lite Micro',
-         f'{_percent(report["int8_top1"])} (the same class as float for {_percent(report["agreement"])})')]
+    return _top1(report, 'PyTorch', 'TensorFlow Lite Micro')
 
 
 def _calibration(report: Mapping[str, Any]) -> Tuple[str, str]:
@@ -82,12 +88,9 @@ def onnx_table(report: Mapping[str, Any]) -> str:
     """Return the report of ONNX files as aligned lines."""
     shape = ' x '.join(map(str, report['input']['shape']))
     return _aligned(f'{report["model"]}, input {shape}', [
-        ('top-1, float in onnxruntime',
-         f'{_percent(report["float_top1"])} of {report["images"]:,} images of the {report["split"]} split'),
-        ('top-1, int8 in onnxruntime',
-         f'{_percent(report["int8_top1"])} (the same class as float for {_percent(report["agreement"])})'),
+        *_top1(report, 'onnxruntime', 'onnxruntime'),
         *((file, _size(count)) for file, count in report['bytes'].items()),
-        ('input', f'{shape} float32, the pixel divided by 255'),
+        ('input', f'{shape} float32, {report["input"]["values"]}'),
         _calibration(report),
         ('float file against PyTorch',
          f'logits differ by at most {report["largest_difference_of_a_logit"]:.2g}'),
