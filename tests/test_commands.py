@@ -55,7 +55,7 @@ def test_every_command_explains_itself(name, capsys):
 @pytest.mark.parametrize('name, argv, said', [
     ('info', ['test_resnet', '--samples', '1', '--img-size', '32'], 'test_resnet, input 3 x 32 x 32'),
     ('convert', ['PTH', 'OUT', '--model', 'netaug_mcunet'], 'Converted.'),
-    ('hub', ['push', 'netaug_mcunet.cifar10', 'OWNER/NAME', '--dry-run', 'OUT'], 'Nothing was pushed.'),
+    ('hub', ['push', 'netaug_mcunet.netaug_cifar10', 'OWNER/NAME', '--dry-run', 'OUT'], 'Nothing was pushed.'),
 ])
 def test_old_forms(name, argv, said, tmp_path):
     """They do the same, and tell of the new form in one line."""

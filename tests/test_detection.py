@@ -725,13 +725,14 @@ def test_push_and_pull(run_dir, voc, hub, tmp_path):
     """Over the loopback address: what is pulled and what is loaded by name compute what the checkpoint does."""
     checkpoint = run_dir / 'last.pth.tar'
     run_command(['hub', 'push', str(checkpoint), 'owner/tiny', '--data-dir', str(voc), '--license', 'apache-2.0',
-                 '--dataset-name', 'rectangles'])
+                 '--dataset-name', 'rectangles', '--about', 'Of coloured rectangles.'])
     files = hub.files('owner/tiny')
     assert set(files) == {'README.md', 'config.json', 'model.safetensors', 'backbone/config.json',
                           'backbone/model.safetensors'} and len(hub.repos['owner/tiny']['commits']) == 1
     card = ModelCard(files['README.md'].decode())
     results = {r.metric_name.split()[0]: r for r in card.data.eval_results}
     facts = json.loads(files['config.json'])['timm_netaug']
+    assert '\n\nOf coloured rectangles.\n\n## Use\n' in card.text
     assert card.data.pipeline_tag == 'object-detection' and results['AP50'].dataset_split == 'val'
     assert results['AP'].metric_value == facts['metrics']['AP'] and facts['images'] == 6
     command = facts['command']

@@ -213,7 +213,8 @@ def test_dry_run(server, checkpoint, model, tmp_path, monkeypatch):
     monkeypatch.setattr('socket.socket', lambda *a, **k: pytest.fail('the network was touched'))
     monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'no-token'))
     monkeypatch.delenv('HF_TOKEN', raising=False)
-    run('push', checkpoint, REPO, '--dry-run', out, '--license', 'mit', '--dataset-name', 'photos')
+    added = ['--license', 'mit', '--dataset-name', 'photos', '--about', 'For the door of the barn.']
+    run('push', checkpoint, REPO, '--dry-run', out, *added)
     assert sorted(p.name for p in out.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
     assert torch.equal(logits(timm.create_model(f'local-dir:{out}', pretrained=True)), logits(model))
     config = json.loads((out / 'config.json').read_text())
@@ -226,8 +227,8 @@ def test_dry_run(server, checkpoint, model, tmp_path, monkeypatch):
         assert file.read_bytes() == (tmp_path / 'again' / file.name).read_bytes(), file.name
     monkeypatch.setattr(sys, 'argv', ['export', str(checkpoint), str(tmp_path / 'exported')])
     export_command.main()
-    run('push', tmp_path / 'exported', REPO, '--dry-run', tmp_path / 'third', '--license', 'mit', '--dataset-name',
-        'photos')
+    run('push', tmp_path / 'exported', REPO, '--dry-run', tmp_path / 'third', *added)
+    assert '\n\nFor the door of the barn.\n\n## Use\n' in (out / 'README.md').read_text()
     assert (tmp_path / 'third/README.md').read_text() == (out / 'README.md').read_text()
     (out / 'notes.txt').write_text('mine')
     assert 'holds other files (notes.txt)' in refusal('push', checkpoint, REPO, '--dry-run', out)

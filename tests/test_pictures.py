@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
+from matplotlib.path import Path
+from matplotlib.text import Annotation, Text
 
 from conftest import ROOT
 from timm_netaug.cli.curves import write_curves
@@ -45,13 +46,20 @@ def texts(figure):
 
 
 def assert_readable(figure):
-    """No text covers another one or is cut off (boxes may touch by a pixel); returns the texts."""
+    """No text covers another one (boxes may touch by a pixel), is cut off, or is crossed by the line of another label;
+    returns the texts."""
     boxes = [(text, box.padded(-1)) for text, box in texts(figure)]
     for (a, first), (b, second) in itertools.combinations(boxes, 2):
         assert not first.overlaps(second), f'{a!r} and {b!r} overlap'
     for text, box in boxes:
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, f'{text!r} is cut off'
         assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, f'{text!r} is cut off'
+    for note in figure.findobj(Annotation):
+        if note.arrow_patch is not None:
+            line = note.arrow_patch.get_path().transformed(note.arrow_patch.get_transform())
+            line = Path(line.vertices[line.codes != Path.CLOSEPOLY])  # the vertex of that code has no meaning
+            for text, box in boxes:
+                assert not line.intersects_bbox(box, filled=False), f'the line of a label crosses {text!r}'
     return {text for text, _ in boxes}
 
 

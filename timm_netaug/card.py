@@ -12,8 +12,8 @@ from .info import describe
 
 __all__ = ['CITATION', 'METRICS', 'known_facts', 'model_card', 'shell_block']
 
-_FACTS = dict(command=list, processes=int, evaluated_with=list, epoch=int, epochs=int, metrics=dict, images=int,
-              dataset=str, dataset_terms=str, converted_from=str, netaug=bool, deployed=dict, baseline=dict,
+_FACTS = dict(about=str, command=list, processes=int, evaluated_with=list, epoch=int, epochs=int, metrics=dict,
+              images=int, dataset=str, dataset_terms=str, converted_from=str, netaug=bool, deployed=dict, baseline=dict,
               baseline_about=str, split=str, license=str)
 METRICS = {
     'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy', 'map': 'Mean average precision', 'micro_f1': 'F1 (micro)',
@@ -90,6 +90,7 @@ def model_card(model: nn.Module, config: Mapping[str, Any], repo: str) -> str:
         about += f"; the weights are those of the authors' file `{facts['converted_from']}`"
     parts = [
         f'---\n{_front_matter(name, config, facts, with_netaug)}\n---\n\n# {name}\n\n{about}.',
+        *filter(None, [facts.get('about')]),
         f"""## Use
 
 ```python

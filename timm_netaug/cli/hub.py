@@ -63,7 +63,7 @@ def _push(args: argparse.Namespace) -> None:
             raise UserError('--baseline-about does nothing without --baseline.')
         loaded = _load(args)
         facts, model, send = _facts(args, loaded), loaded.model, partial(push, loaded)
-    facts.update({k: v for k in ('dataset', 'dataset_terms') if (v := getattr(args, k))})
+    facts.update({k: v for k in ('about', 'dataset', 'dataset_terms') if (v := getattr(args, k))})
     if args.baseline:
         facts['baseline'] = baseline_metrics(args.baseline, facts)
         if args.baseline_about:
@@ -112,6 +112,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     command.add_argument('--license', metavar='ID', help='license of the weights, for example apache-2.0')
     command.add_argument('--dataset-name', dest='dataset', metavar='NAME', help='data set of the training')
     command.add_argument('--dataset-terms', metavar='TEXT', help='terms of use of the data set')
+    command.add_argument('--about', metavar='TEXT', help='sentences about the model, for the top of the card')
     command = commands.add_parser('pull', help='download a model, check it, and write it as a folder')
     command.set_defaults(run=_pull)
     command.add_argument('repo', metavar='OWNER/NAME', help='repository')

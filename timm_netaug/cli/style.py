@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.path import Path
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
@@ -176,6 +177,11 @@ def _place(
     return total, [placed[i] for i in range(len(points))]
 
 
+def _connection(point: np.ndarray, box: Bbox) -> Path:
+    """Return the line from a point to the nearest point of its label."""
+    return Path([point, np.clip(point, box.min, box.max)])
+
+
 def _cost(
         box: Bbox,
         point: np.ndarray,
@@ -187,8 +193,11 @@ def _cost(
     """Return the cost of a place for a label. One pixel of distance from the point costs 1.
 
     These places are bad, the worst first: on another label, above a label whose point is higher (or below one whose
-    point is lower), outside the panel, on lines, far from the point, to the left of the point.
+    point is lower), where the line from a point to its label crosses another label, outside the panel, on lines, far
+    from the point, to the left of the point.
     """
+    crossed = sum(_connection(point, box).intersects_bbox(other, filled=False)
+                  or _connection(its_point, other).intersects_bbox(box, filled=False) for its_point, other in placed)
     on_others = sum(box.overlaps(other) for _, other in placed)
     out_of_order = sum(
         (box.y0 - other.y0) * (point[1] - its_point[1]) < 0 and box.x0 < other.x1 and other.x0 < box.x1
@@ -196,5 +205,5 @@ def _cost(
     outside = sum(np.maximum(frame.min - box.min, 0) + np.maximum(box.max - frame.max, 0))
     on_lines = ((obstacles > box.min - gap / 4) & (obstacles < box.max + gap / 4)).all(1).sum()
     distance = np.linalg.norm(np.clip(point, box.min, box.max) - point) + abs((box.y0 + box.y1) / 2 - point[1])
-    return (1e6 * on_others + 1e5 * out_of_order + 1e3 * outside + 4 * gap * min(on_lines, 12) + distance
-            + 5 * gap * (box.x0 < point[0]))
+    return (1e6 * on_others + 1e5 * out_of_order + 1e4 * crossed + 1e3 * outside + 4 * gap * min(on_lines, 12)
+            + distance + 5 * gap * (box.x0 < point[0]))

@@ -17,7 +17,8 @@ def detector_card(detector: Detector, facts: Mapping[str, Any], repo: str) -> st
 
     Args:
         facts: What is known of its training: 'command', 'epoch', 'epochs', 'processes', 'split', 'metrics' (percent),
-            'images', 'dataset', 'dataset_terms', 'license', and 'deployed', the report of a deployment.
+            'images', 'dataset', 'dataset_terms', 'license', 'about' (a sentence of the user), and 'deployed', the
+            report of a deployment.
         repo: OWNER/NAME, or OWNER/NAME@REVISION.
     """
     config, name = detector.config, repo.partition('@')[0].rpartition('/')[2]
@@ -46,6 +47,7 @@ def detector_card(detector: Detector, facts: Mapping[str, Any], repo: str) -> st
     parts = [
         f'---\n{front}\n---\n\n# {name}\n\n{about}'
         + (', trained with [Network Augmentation](https://arxiv.org/abs/2110.08890).' if with_netaug else '.'),
+        *filter(None, [facts.get('about')]),
         f"""## Use
 
 ```python
