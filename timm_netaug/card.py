@@ -83,13 +83,13 @@ def model_card(model: nn.Module, config: Mapping[str, Any], repo: str) -> str:
     name = repo.partition('@')[0].rpartition('/')[2]
     info = describe(model, cfg['input_size'], samples=1)
     size = ' x '.join(map(str, info['input_size']))
-    about = f'`{config["architecture"]}` for {info["num_classes"]} classes and images of {size}'
+    summary = f'`{config["architecture"]}` for {info["num_classes"]} classes and images of {size}'
     if with_netaug:
-        about += ', trained with [Network Augmentation](https://arxiv.org/abs/2110.08890)'
+        summary += ', trained with [Network Augmentation](https://arxiv.org/abs/2110.08890)'
     if 'converted_from' in facts:
-        about += f"; the weights are those of the authors' file `{facts['converted_from']}`"
+        summary += f"; the weights are those of the authors' file `{facts['converted_from']}`"
     parts = [
-        f'---\n{_front_matter(name, config, facts, with_netaug)}\n---\n\n# {name}\n\n{about}.',
+        f'---\n{_front_matter(name, config, facts, with_netaug)}\n---\n\n# {name}\n\n{summary}.',
         *filter(None, [facts.get('about')]),
         f"""## Use
 
@@ -127,8 +127,8 @@ Flash and RAM are for {size}. {MEMORY_MODEL}""",
         parts.append(f'## Data\n\n{facts["dataset"]}{terms}')
     if facts.get('metrics'):
         rows = ''.join(f'| {METRICS[k]} | {v:.2f} % |\n' for k, v in facts['metrics'].items())
-        about = f' ({facts["baseline_about"]})' if facts.get('baseline_about') else ''
-        rows += ''.join(f'| {METRICS[k]} of the same training without NetAug{about}, of one seed | {v:.2f} % |\n'
+        note = f' ({facts["baseline_about"]})' if facts.get('baseline_about') else ''
+        rows += ''.join(f'| {METRICS[k]} of the same training without NetAug{note}, of one seed | {v:.2f} % |\n'
                         for k, v in facts.get('baseline', {}).items())
         images = f' of {facts["images"]:,} images' if 'images' in facts else ''
         split = facts.get('evaluated_with', ['--split', 'validation'])

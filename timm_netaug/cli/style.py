@@ -193,8 +193,8 @@ def _cost(
     """Return the cost of a place for a label. One pixel of distance from the point costs 1.
 
     These places are bad, the worst first: on another label, above a label whose point is higher (or below one whose
-    point is lower), where the line from a point to its label crosses another label, outside the panel, on lines, far
-    from the point, to the left of the point.
+    point is lower), where the line from a point to its label crosses another label (as bad as ten pixels outside the
+    panel), outside the panel, on lines, far from the point, to the left of the point.
     """
     crossed = sum(_connection(point, box).intersects_bbox(other, filled=False)
                   or _connection(its_point, other).intersects_bbox(box, filled=False) for its_point, other in placed)

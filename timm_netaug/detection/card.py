@@ -17,7 +17,7 @@ def detector_card(detector: Detector, facts: Mapping[str, Any], repo: str) -> st
 
     Args:
         facts: What is known of its training: 'command', 'epoch', 'epochs', 'processes', 'split', 'metrics' (percent),
-            'images', 'dataset', 'dataset_terms', 'license', 'about' (a sentence of the user), and 'deployed', the
+            'images', 'dataset', 'dataset_terms', 'license', 'about' (sentences of the user), and 'deployed', the
             report of a deployment.
         repo: OWNER/NAME, or OWNER/NAME@REVISION.
     """
