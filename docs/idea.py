@@ -47,7 +47,7 @@ def picture() -> Figure:
     axes = figure.subplots()
     axes.set(xlim=(-4.7, 18.6), ylim=(-3.0, 7.2), aspect='equal')
     axes.axis('off')
-    axes.text(-4.65, 6.7, 'NetAug trains a tiny network inside a wider one, and keeps the tiny one alone', fontsize=19,
+    axes.text(-4.65, 6.7, 'NetAug trains a tiny network inside a wider one, and keeps only the tiny one', fontsize=19,
               weight='bold', va='center')
 
     places = (0, 6.7, 13.9)

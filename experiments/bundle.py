@@ -36,9 +36,9 @@ BUNDLED = {  # ARCH.TAG; a tag with `netaug` is of weights trained with NetAug
         'cifar10_64', 'stage-3', 'plain-trunk-init', 'from the same initial weights, in float32 on a CPU'),
     'netaug_mbv2_035.netaug_cifar10': Bundled(
         'cifar10_64_models', 'netaug_mbv2_035-stage-3',
-        about='This training was not repeated without NetAug. At the learning rate 0.2, which suits plain training'
-              ' better, this model has {cifar10_64_models/netaug_mbv2_035-init-lr0.2-s0} % without NetAug and'
-              ' {cifar10_64_models/netaug_mbv2_035-stage-3-lr0.2-s0} % with it (seed 0, the same images).'),
+        about='These weights are of the learning rate 0.4, at which the model was not trained without NetAug. At 0.2,'
+              ' it has {cifar10_64_models/netaug_mbv2_035-stage-3-lr0.2-s0} % with NetAug and'
+              ' {cifar10_64_models/netaug_mbv2_035-init-lr0.2-s0} % without (seed 0); those weights were not kept.'),
     'netaug_mbv3_035.netaug_cifar10': Bundled(
         'cifar10_64_models', 'netaug_mbv3_035-stage-3', 'netaug_mbv3_035-init'),
     'netaug_proxylessnas_035.cifar10': Bundled(

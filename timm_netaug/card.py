@@ -10,7 +10,7 @@ from .costs import MEMORY_MODEL
 from .deploy.report import card_section
 from .info import describe
 
-__all__ = ['CITATION', 'METRICS', 'known_facts', 'model_card', 'shell_block']
+__all__ = ['CITATION', 'METRICS', 'NEEDS', 'known_facts', 'model_card', 'shell_block']
 
 _FACTS = dict(about=str, command=list, processes=int, evaluated_with=list, epoch=int, epochs=int, metrics=dict,
               images=int, dataset=str, dataset_terms=str, converted_from=str, netaug=bool, deployed=dict, baseline=dict,
@@ -20,6 +20,8 @@ METRICS = {
     'macro_f1': 'F1 (macro)', 'sample_f1': 'F1 (samples)',
 }
 _METRIC_TYPES = {'top1': 'accuracy', 'top5': 'accuracy', 'map': 'mean_average_precision'}  # the Hub's names
+NEEDS = ('These lines need the package `timm_netaug`: `pip install -e .` in the folder of its source, which also has'
+         ' `train.py` and `validate.py`.')
 CITATION = """@inproceedings{cai2022netaug,
   title={Network Augmentation for Tiny Deep Learning},
   author={Cai, Han and Gan, Chuang and Lin, Ji and Han, Song},
@@ -92,6 +94,8 @@ def model_card(model: nn.Module, config: Mapping[str, Any], repo: str) -> str:
         f'---\n{_front_matter(name, config, facts, with_netaug)}\n---\n\n# {name}\n\n{summary}.',
         *filter(None, [facts.get('about')]),
         f"""## Use
+
+{NEEDS}
 
 ```python
 import timm

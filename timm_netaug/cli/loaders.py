@@ -187,4 +187,9 @@ def set_up_loaders(args, splits: Splits, data_config: Dict[str, Any], device: to
     if not len(loader_train):
         raise UserError(f'The train split has fewer images than a batch ({args.batch_size}): use a smaller'
                         f' --batch-size.')
+    if not (args.aug_repeats or args.train_img_sizes):  # then an epoch has another number of images
+        left_out = len(dataset_train) - len(loader_train) * args.batch_size * args.world_size
+        if left_out > len(dataset_train) / 10:
+            _logger.warning(f'Each epoch leaves out {left_out:,} of {len(dataset_train):,} training images, because'
+                            f' the last batch would not be full: another --batch-size can use more of them.')
     return loader_train, loader_eval, mixup_fn

@@ -3,7 +3,7 @@ from typing import Any, Mapping
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..card import CITATION, deployed_section, shell_block
+from ..card import CITATION, NEEDS, deployed_section, shell_block
 from ..costs import MEMORY_MODEL
 from ..info import describe
 from .detector import Detector
@@ -49,6 +49,8 @@ def detector_card(detector: Detector, facts: Mapping[str, Any], repo: str) -> st
         + (', trained with [Network Augmentation](https://arxiv.org/abs/2110.08890).' if with_netaug else '.'),
         *filter(None, [facts.get('about')]),
         f"""## Use
+
+{NEEDS.replace("train.py", "train_detection.py").replace("validate.py", "validate_detection.py")}
 
 ```python
 from PIL import Image

@@ -298,9 +298,9 @@ def check_split(dataset: Any, data_dir: str, split: str, required: bool = True) 
         return
     has_splits = any(os.path.isdir(os.path.join(data_dir, name)) for name in _SPLITS)
     if required or has_splits:
-        flags = '--train-split and --val-split' if required else '--split'
+        flags = '--train-split and --val-split give' if required else '--split gives'
         raise UserError(f'There is no folder {os.path.join(data_dir, split)}: --data-dir is the folder that contains'
-                        f' the folders of the splits, and {flags} gives their names.')
+                        f' the folders of the splits, and {flags} their names.')
 
 
 def _check_class_folders(dataset: Any, root: str) -> None:
