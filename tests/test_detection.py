@@ -733,6 +733,7 @@ def test_push_and_pull(run_dir, voc, hub, tmp_path):
     results = {r.metric_name.split()[0]: r for r in card.data.eval_results}
     facts = json.loads(files['config.json'])['timm_netaug']
     assert '\n\nOf coloured rectangles.\n\n## Use\n' in card.text
+    assert 'which also has `train_detection.py` and `validate_detection.py`' in card.text
     assert card.data.pipeline_tag == 'object-detection' and results['AP50'].dataset_split == 'val'
     assert results['AP'].metric_value == facts['metrics']['AP'] and facts['images'] == 6
     command = facts['command']

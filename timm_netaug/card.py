@@ -10,7 +10,7 @@ from .costs import MEMORY_MODEL
 from .deploy.report import card_section
 from .info import describe
 
-__all__ = ['CITATION', 'METRICS', 'NEEDS', 'known_facts', 'model_card', 'shell_block']
+__all__ = ['CITATION', 'METRICS', 'known_facts', 'model_card', 'needs', 'shell_block']
 
 _FACTS = dict(about=str, command=list, processes=int, evaluated_with=list, epoch=int, epochs=int, metrics=dict,
               images=int, dataset=str, dataset_terms=str, converted_from=str, netaug=bool, deployed=dict, baseline=dict,
@@ -20,8 +20,6 @@ METRICS = {
     'macro_f1': 'F1 (macro)', 'sample_f1': 'F1 (samples)',
 }
 _METRIC_TYPES = {'top1': 'accuracy', 'top5': 'accuracy', 'map': 'mean_average_precision'}  # the Hub's names
-NEEDS = ('These lines need the package `timm_netaug`: `pip install -e .` in the folder of its source, which also has'
-         ' `train.py` and `validate.py`.')
 CITATION = """@inproceedings{cai2022netaug,
   title={Network Augmentation for Tiny Deep Learning},
   author={Cai, Han and Gan, Chuang and Lin, Ji and Han, Song},
@@ -72,6 +70,12 @@ def _front_matter(name: str, config: Mapping[str, Any], facts: Mapping[str, Any]
     ).to_yaml()
 
 
+def needs(train: str, validate: str) -> str:
+    """Say what the lines of a card need; both scripts are named on it."""
+    return ('These lines need the package `timm_netaug`: `pip install -e .` in the folder of its source, which also has'
+            f' `{train}` and `{validate}`.')
+
+
 def model_card(model: nn.Module, config: Mapping[str, Any], repo: str) -> str:
     """Write the card of a model.
 
@@ -95,7 +99,7 @@ def model_card(model: nn.Module, config: Mapping[str, Any], repo: str) -> str:
         *filter(None, [facts.get('about')]),
         f"""## Use
 
-{NEEDS}
+{needs('train.py', 'validate.py')}
 
 ```python
 import timm

@@ -3,7 +3,7 @@ from typing import Any, Mapping
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..card import CITATION, NEEDS, deployed_section, shell_block
+from ..card import CITATION, deployed_section, needs, shell_block
 from ..costs import MEMORY_MODEL
 from ..info import describe
 from .detector import Detector
@@ -50,7 +50,7 @@ def detector_card(detector: Detector, facts: Mapping[str, Any], repo: str) -> st
         *filter(None, [facts.get('about')]),
         f"""## Use
 
-{NEEDS.replace("train.py", "train_detection.py").replace("validate.py", "validate_detection.py")}
+{needs('train_detection.py', 'validate_detection.py')}
 
 ```python
 from PIL import Image
